@@ -1,0 +1,81 @@
+"""Lend a model for a measurement and give back everything: modes, buffers, random state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+@contextmanager
+def borrowed_modes(model: nn.Module) -> Iterator[None]:
+    """Give each module its own train/eval mode back, whatever happens inside."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+@contextmanager
+def borrowed_buffers(model: nn.Module) -> Iterator[None]:
+    """Give every buffer (running statistics, counters) its tensor and its content back."""
+    held = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for module, name, buffer, content in held:
+                buffer.copy_(content)
+                module._buffers[name] = buffer
+
+
+@contextmanager
+def borrowed_randomness(seed: int) -> Iterator[None]:
+    """Draw from generators that start at `seed`; give the callers' generators back as they were."""
+    cpu = torch.get_rng_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+    try:
+        torch.default_generator.manual_seed(seed)
+        if cuda:
+            torch.cuda.manual_seed_all(seed)
+        yield
+    finally:
+        torch.set_rng_state(cpu)
+        if cuda:
+            torch.cuda.set_rng_state_all(cuda)
+
+
+@contextmanager
+def borrowed_values(parameters: list[nn.Parameter]) -> Iterator[None]:
+    """Give the parameters their values and their requires_grad back."""
+    held = [(parameter.detach().clone(), parameter.requires_grad) for parameter in parameters]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for parameter, (value, needs_grad) in zip(parameters, held, strict=True):
+                parameter.copy_(value)
+                parameter.requires_grad_(needs_grad)
+
+
+@contextmanager
+def borrowed_numerics() -> Iterator[None]:
+    """Compare on CUDA with TF32 and autotuning off: both would differ between two runs."""
+    with torch.backends.cudnn.flags(
+        enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+    ):
+        precision = torch.get_float32_matmul_precision()
+        try:
+            torch.set_float32_matmul_precision("highest")
+            yield
+        finally:
+            torch.set_float32_matmul_precision(precision)

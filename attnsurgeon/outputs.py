@@ -1,0 +1,82 @@
+"""Write a file whole or not at all, and never over another one unasked."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from attnsurgeon.errors import OutputRefused
+
+# How libraries that write by themselves tell of a failed write, apart from OSError.
+_WRITE_FAILURES = ("os error", "I/O error", "PytorchStreamWriter", "Unable to write", "No space left")
+
+
+def check_output(path: str | os.PathLike[str], *, force: bool = False) -> Path:
+    """Return the path if a file can be written there.
+
+    Raises:
+        OutputRefused: the folder is missing or read-only, or something is there already.
+    """
+    target = Path(path)
+    folder = target.parent
+    if not folder.is_dir():
+        raise OutputRefused(f"there is no folder {str(folder)!r}; make it first, or choose another -o")
+    if target.is_dir():
+        raise OutputRefused(f"{str(target)!r} is a folder; name a file in it with -o")
+    if target.exists() and not force:
+        raise OutputRefused(f"{str(target)!r} exists; give --force to replace it, or another -o")
+    if not os.access(folder, os.W_OK):
+        raise OutputRefused(f"the folder {str(folder)!r} is read-only; choose another -o")
+    return target
+
+
+@contextmanager
+def atomic_output(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
+    """Yield a temporary path beside the target that becomes the target when all went well.
+
+    On any failure, an interrupt included, nothing is left and what was there before still is.
+
+    Raises:
+        OutputRefused: see check_output; or the disk is full or the write failed otherwise.
+    """
+    target = check_output(path, force=force)
+    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    try:
+        yield part
+        _flush(part)
+        if target.exists() and not force:  # it appeared while this one was made
+            raise OutputRefused(f"{str(target)!r} exists; give --force to replace it")
+        part.replace(target)
+    except OutputRefused:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR) and part.parent.is_dir():
+            raise  # a file that somebody else was to make: our bug
+        raise _refusal(target, error) from error
+    except Exception as error:
+        if any(text in str(error) for text in _WRITE_FAILURES):
+            raise _refusal(target, error) from error
+        raise
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _refusal(target: Path, error: Exception) -> OutputRefused:
+    reason = str(error).strip().splitlines()[0]
+    free = shutil.disk_usage(target.parent).free // 2**20
+    return OutputRefused(
+        f"could not write {str(target)!r}: {reason}; nothing was kept ({free} MiB are free there)"
+    )
+
+
+def _flush(part: Path) -> None:
+    """Make sure the bytes are on the disk before the name is, readable as any new file would be."""
+    mask = os.umask(0)
+    os.umask(mask)
+    part.chmod(0o666 & ~mask)  # safetensors leaves its files to the owner alone
+    with part.open("rb") as stream:
+        os.fsync(stream.fileno())

@@ -1,0 +1,225 @@
+"""Which block at which site: cuts, chosen by pattern, to and from JSON."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import nn
+
+from attnsurgeon import blocks
+from attnsurgeon.blocks.block import Place
+from attnsurgeon.errors import (
+    AttnSurgeonError,
+    BadFile,
+    BadOption,
+    NoSites,
+    PatternUnmatched,
+    PlacementUnavailable,
+    UnknownName,
+    nearest,
+)
+from attnsurgeon.observe import Shape
+from attnsurgeon.sites import PLACEMENTS, Site
+from attnsurgeon.wiring import Splice
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One attention at one place of one block: everything that is needed to make it again."""
+
+    path: str
+    placement: str
+    block: str
+    options: Mapping[str, Any]
+    place: Place
+    shape: Shape
+    splice: Splice
+    seed: int = 0
+
+    @property
+    def child(self) -> str:
+        """Dotted path of the attention in the operated model; the prefix of its new keys."""
+        return f"{self.path}.{self.splice.child}"
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values that `from_json` reads."""
+        return {
+            "path": self.path,
+            "placement": self.placement,
+            "block": self.block,
+            "options": dict(self.options),
+            "place": asdict(self.place),
+            "shape": list(self.shape),
+            "splice": asdict(self.splice),
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Cut:
+        """Read what `to_json` wrote.
+
+        Raises:
+            BadFile: a field is missing or of the wrong kind.
+        """
+        try:
+            place, splice = dict(data["place"]), dict(data["splice"])
+            place["stride"] = tuple(place["stride"])
+            splice["passed"] = tuple(splice["passed"])
+            block = str(data["block"])
+            return cls(
+                path=str(data["path"]),
+                placement=str(data["placement"]),
+                block=block,
+                options=blocks.check_options(block, data["options"]),
+                place=Place(**place),
+                shape=tuple(int(n) for n in data["shape"]),
+                splice=Splice(**splice),
+                seed=int(data["seed"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            if isinstance(error, AttnSurgeonError):
+                raise
+            raise BadFile(f"the recipe has a cut that cannot be read: {error!r}") from error
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cuts to make, in order, and the chosen sites that cannot have one, with the reason."""
+
+    cuts: tuple[Cut, ...]
+    skipped: Mapping[str, str] = field(default_factory=dict)
+
+
+def make_plan(
+    model: nn.Module,
+    sites: Sequence[Site],
+    block: str,
+    *,
+    at: str | Iterable[str] = "*",
+    exclude: str | Iterable[str] = (),
+    stages: Iterable[int] = (),
+    every: int = 1,
+    placement: str = "post",
+    options: Mapping[str, Any] | None = None,
+    seed: int = 0,
+) -> Plan:
+    """Choose sites by pattern, stage and step, and plan the same attention at each.
+
+    Args:
+        model: the network the sites are of; only the names of its children are read.
+        sites: what find_sites returned.
+        block: name of the attention.
+        at: shell patterns on the dotted path; a site is chosen that matches one of them.
+        exclude: shell patterns of sites to leave out.
+        stages: numbers of stages to choose from; all if empty.
+        every: of the chosen sites take each `every`-th, beginning with the first.
+        placement: one of sites.PLACEMENTS.
+        options: of the block.
+        seed: of the new weights.
+
+    Raises:
+        UnknownName: no such block, placement or option.
+        BadOption: a value out of range.
+        PatternUnmatched: a pattern or stage that no site has.
+        PlacementUnavailable: a site named in full, or all sites, do not have the placement.
+        NoSites: nothing is left to operate on.
+    """
+    block_type = blocks.get(block)
+    if placement not in PLACEMENTS:
+        raise UnknownName("placement", placement, PLACEMENTS)
+    if placement not in block_type.placements:
+        having = ", ".join(n for n in blocks.names() if placement in blocks.get(n).placements)
+        raise PlacementUnavailable(
+            f"{block} cannot be put at {placement!r}; it takes {', '.join(block_type.placements)}"
+            f" ({placement!r} is for {having})"
+        )
+    chosen = select_sites(sites, at=at, exclude=exclude, stages=stages, every=every)
+    values = blocks.check_options(block, options or {})
+    literal = {pattern for pattern in as_patterns(at) if not _is_wild(pattern)}
+    cuts: list[Cut] = []
+    skipped: dict[str, str] = {}
+    for site in chosen:
+        try:
+            cuts.append(_plan_cut(model, site, block, placement, values, seed))
+        except PlacementUnavailable as error:
+            if site.path in literal:
+                raise
+            skipped[site.path] = str(error)
+    if not cuts:
+        raise PlacementUnavailable(next(iter(skipped.values())))
+    return Plan(tuple(cuts), skipped)
+
+
+def _plan_cut(
+    model: nn.Module,
+    site: Site,
+    block: str,
+    placement: str,
+    options: Mapping[str, Any],
+    seed: int,
+) -> Cut:
+    if block not in site.blocks:
+        raise PlacementUnavailable(
+            f"{block} cannot serve {site.path}: its feature map is {site.layout}"
+        )
+    spot = site.spot(placement)
+    taken = {name for name, _ in model.get_submodule(site.path).named_children()}
+    child = spot.splice.child
+    number = 1
+    while child in taken:  # a second attention at one place
+        number += 1
+        child = f"{spot.splice.child}_{number}"
+    splice = Splice(**{**asdict(spot.splice), "child": child})
+    return Cut(site.path, placement, block, options, spot.place, spot.shape, splice, seed)
+
+
+def as_patterns(patterns: str | Iterable[str]) -> list[str]:
+    """Return one pattern or many as a list."""
+    return [patterns] if isinstance(patterns, str) else list(patterns)
+
+
+def _is_wild(pattern: str) -> bool:
+    return any(character in pattern for character in "*?[")
+
+
+def select_sites(
+    sites: Sequence[Site],
+    *,
+    at: str | Iterable[str] = "*",
+    exclude: str | Iterable[str] = (),
+    stages: Iterable[int] = (),
+    every: int = 1,
+) -> list[Site]:
+    """Return the sites that match, in their order. See make_plan.
+
+    Raises:
+        BadOption: `every` is below 1.
+        PatternUnmatched: a pattern or stage that no site has.
+        NoSites: nothing is left.
+    """
+    if every < 1:
+        raise BadOption(f"--every must be at least 1, not {every}")
+    paths = [site.path for site in sites]
+    wanted, unwanted = as_patterns(at) or ["*"], as_patterns(exclude)
+    for pattern in (*wanted, *unwanted):
+        if not fnmatch.filter(paths, pattern):
+            hint = nearest(pattern, paths) or f"; the first is {paths[0]!r}" if paths else ""
+            raise PatternUnmatched(f"{pattern!r} matches none of the {len(paths)} sites{hint}")
+    known = {site.stage for site in sites}
+    numbers = list(stages)
+    for number in numbers:
+        if number not in known:
+            raise PatternUnmatched(f"there is no stage {number}; the stages are 1 to {max(known)}")
+    chosen = [
+        site
+        for site in sites
+        if any(fnmatch.fnmatchcase(site.path, pattern) for pattern in wanted)
+        and not any(fnmatch.fnmatchcase(site.path, pattern) for pattern in unwanted)
+        and (not numbers or site.stage in numbers)
+    ][::every]
+    if not chosen:
+        raise NoSites("no site is left after --at, --stage and --exclude; loosen one of them")
+    return chosen

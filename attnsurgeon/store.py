@@ -1,0 +1,193 @@
+"""Save and load an operated network: safetensors with the recipe; no pickle, no code."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from attnsurgeon.checkpoint import check_readable, fit_state, load_state
+from attnsurgeon.errors import AttnSurgeonError, BadFile, CheckpointMismatch, HostUnusable
+from attnsurgeon.host import HostCard, card_of, give_card, rebuild_host, recognise
+from attnsurgeon.operation import Certificate, certificate_of, give_certificate
+from attnsurgeon.outputs import atomic_output
+from attnsurgeon.plan import Plan
+from attnsurgeon.recipe import Recipe, sha256_of
+from attnsurgeon.surgery import apply_plan, attention_paths, cuts_of, is_new_key
+
+KEY = "attnsurgeon"
+"""The one metadata key; with two, their order in the file would be left to chance."""
+
+
+def save_model(
+    model: nn.Module, path: str | os.PathLike[str], *, force: bool = False
+) -> Recipe:
+    """Write an operated network to a safetensors file with its recipe.
+
+    The original tensors stand under their original keys, byte for byte. The file is whole or
+    not there; the same model gives the same bytes.
+
+    Raises:
+        HostUnusable: the model was not operated on.
+        OutputRefused: the file cannot be written, or exists and `force` is not given.
+    """
+    recipe = make_recipe(model)
+    with atomic_output(path, force=force) as part:
+        save_file(_separate(model.state_dict()), part, metadata={KEY: recipe.dumps()})
+    return recipe
+
+
+def make_recipe(model: nn.Module) -> Recipe:
+    """Return the recipe of an operated network as it stands.
+
+    Raises:
+        HostUnusable: the model was not operated on.
+    """
+    cuts = cuts_of(model)
+    if not cuts:
+        raise HostUnusable(
+            f"this {type(model).__name__} has no attention of attnsurgeon; insert_attention first"
+        )
+    paths = attention_paths(model)
+    certificate = certificate_of(model)
+    return Recipe(
+        host=_host_card(model),
+        cuts=cuts,
+        certificate=certificate.to_json() if certificate else None,
+        sha256={
+            key: sha256_of(tensor)
+            for key, tensor in model.state_dict().items()
+            if not is_new_key(key, paths)
+        },
+    )
+
+
+def _host_card(model: nn.Module) -> HostCard:
+    """Return the model's card; a torchvision network from the library is recognised by its build."""
+    card = card_of(model) or HostCard(name=None, class_name=type(model).__name__)
+    if card.name is None:
+        known = recognise(_bare(model))
+        if known is not None:
+            known = HostCard(**{**known.__dict__, "input_shapes": card.input_shapes})
+            give_card(model, known)
+            return known
+    return card
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """Return the network without its attention, its tensors on meta: only its build counts."""
+    from attnsurgeon.surgery import remove_attention
+
+    return remove_attention(model)
+
+
+def _separate(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return contiguous tensors of which no two share memory, as safetensors demands."""
+    seen: set[int] = set()
+    apart = {}
+    for key, tensor in state.items():
+        plain = tensor.detach().contiguous()
+        if plain.data_ptr() in seen and plain.numel():
+            plain = plain.clone()
+        seen.add(plain.data_ptr())
+        apart[key] = plain
+    return apart
+
+
+def is_model_file(text: str | os.PathLike[str]) -> bool:
+    """Tell whether a MODEL argument is meant as a file rather than as a name."""
+    path = Path(text)
+    return path.suffix == ".safetensors" or path.is_file()
+
+
+def read_recipe(path: str | os.PathLike[str]) -> Recipe:
+    """Return the recipe of a file, without its tensors.
+
+    Raises:
+        BadFile: missing, empty, truncated, no safetensors, not of attnsurgeon, or too new.
+    """
+    file = Path(path)
+    check_readable(file)
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata = opened.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise BadFile(f"{str(file)!r} is not a whole safetensors file: {error}") from error
+    if KEY not in metadata:
+        raise BadFile(
+            f"{str(file)!r} has no recipe: it was not written by attnsurgeon; "
+            "weights alone are given with --checkpoint"
+        )
+    return Recipe.loads(metadata[KEY], repr(str(file)))
+
+
+def load_model(path: str | os.PathLike[str], host: nn.Module | None = None) -> nn.Module:
+    """Return the operated network of a file, in eval mode.
+
+    No code of the file is run: its host is looked up in torchvision's registry only.
+
+    Args:
+        path: a file of save_model.
+        host: the plain network, where it is one of your own; it is left untouched.
+
+    Raises:
+        BadFile: the file is damaged, of a newer format, or its recipe does not fit its tensors.
+        HostUnusable: the host is your own and was not given, or another one was given.
+    """
+    recipe = read_recipe(path)
+    source = repr(str(path))
+    try:
+        state = load_file(path)
+        if host is None:
+            host = rebuild_host(recipe.host, device="meta") if recipe.host.name else None
+            if host is not None:  # refuse before any memory is taken that the recipe asks for
+                _check_fit(host, recipe, state, source)
+            model = rebuild_host(recipe.host)
+        else:
+            model = _own_host(host, recipe)
+        apply_plan(model, Plan(recipe.cuts))
+        load_state(model, state, source)
+    except SafetensorError as error:
+        raise BadFile(f"{source} is damaged: {error}") from error
+    except CheckpointMismatch as error:
+        raise BadFile(f"the recipe of {source} does not fit its tensors: {error}") from error
+    except AttnSurgeonError as error:
+        if isinstance(error, HostUnusable):
+            raise
+        raise BadFile(f"the recipe of {source} does not fit: {error}") from error
+    give_card(model, recipe.host)
+    if recipe.certificate is not None:
+        certificate = dict(recipe.certificate)
+        certificate["inputs"] = tuple(certificate["inputs"])
+        give_certificate(model, Certificate(**certificate))
+    return model.eval()
+
+
+def _check_fit(plain: nn.Module, recipe: Recipe, state: dict[str, Tensor], source: str) -> None:
+    original = {key: t for key, t in state.items() if key in plain.state_dict()}
+    fit_state(plain, original, source)
+
+
+def _own_host(host: nn.Module, recipe: Recipe) -> nn.Module:
+    if type(host).__name__ != recipe.host.class_name:
+        raise HostUnusable(
+            f"the file was made from {recipe.host.class_name}, not from {type(host).__name__}"
+        )
+    return copy.deepcopy(host)
+
+
+def load_plain(path: str | os.PathLike[str]) -> nn.Module:
+    """Return the untouched host of a file with its original tensors.
+
+    Raises:
+        BadFile, HostUnusable: see load_model.
+    """
+    recipe = read_recipe(path)
+    model = rebuild_host(recipe.host)
+    keys = model.state_dict().keys()
+    load_state(model, {k: t for k, t in load_file(path).items() if k in keys}, repr(str(path)))
+    return model.eval()

@@ -1,0 +1,149 @@
+"""Make the cuts of a plan in a model, and undo them."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+import hashlib
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import nn
+
+from attnsurgeon import blocks
+from attnsurgeon.blocks.block import AttentionBlock
+from attnsurgeon.borrow import borrowed_randomness
+from attnsurgeon.errors import AttnSurgeonError, BadFile, PatternUnmatched, nearest
+from attnsurgeon.plan import Cut, Plan, as_patterns
+from attnsurgeon.wiring import splices, wire
+
+
+def cuts_of(model: nn.Module) -> tuple[Cut, ...]:
+    """Return the cuts that were made in a model, in order; none for an untouched one."""
+    made: tuple[Cut, ...] = model.__dict__.get("_attnsurgeon_cuts", ())
+    return made
+
+
+def attention_paths(model: nn.Module) -> list[str]:
+    """Return the dotted paths of the attention in a model; every new key begins with one."""
+    return [path for path, module in model.named_modules() if isinstance(module, AttentionBlock)]
+
+
+def is_new_key(key: str, paths: Iterable[str]) -> bool:
+    """Tell whether a key of a state dict belongs to attention at one of these paths."""
+    return any(key.startswith(f"{path}.") for path in paths)
+
+
+def apply_plan(model: nn.Module, plan: Plan) -> None:
+    """Insert the attention of a plan into this very model.
+
+    Everything is refused before the first cut is made, and a cut that fails takes back those
+    before it. New parts join in the mode, dtype and device of the block they are put into.
+
+    Raises:
+        BadFile: a cut names a block that the model does not have, or a child that is taken.
+        BadOption: an option out of range.
+        PlacementUnavailable: a block's forward lacks the place.
+    """
+    for cut in plan.cuts:
+        _check(model, cut)
+    made = [build_attention(model, cut) for cut in plan.cuts]
+    before = cuts_of(model)
+    done: list[Cut] = []
+    try:
+        for cut, attention in zip(plan.cuts, made, strict=True):
+            done.append(cut)
+            _attach(model, cut, attention)
+    except BaseException:
+        for cut in reversed(done):
+            _detach(model, cut)
+        raise
+    model.__dict__["_attnsurgeon_cuts"] = (*before, *plan.cuts)
+
+
+def remove_attention(model: nn.Module, at: str | Iterable[str] = "*") -> nn.Module:
+    """Return a copy of the model without the attention at the matching sites.
+
+    What trained together with the attention stays as trained. With every attention removed the
+    copy is the host again: its classes, its keys, its tensors.
+
+    Raises:
+        PatternUnmatched: a pattern that matches no operated site.
+    """
+    cuts = cuts_of(model)
+    paths = [cut.path for cut in cuts]
+    for pattern in as_patterns(at):
+        if not fnmatch.filter(paths, pattern):
+            raise PatternUnmatched(
+                f"{pattern!r} matches none of the {len(paths)} operated sites"
+                f"{nearest(pattern, paths)}"
+            )
+    bare = copy.deepcopy(model)
+    kept = []
+    for cut in cuts:
+        if any(fnmatch.fnmatchcase(cut.path, pattern) for pattern in as_patterns(at)):
+            _detach(bare, cut)
+        else:
+            kept.append(cut)
+    bare.__dict__["_attnsurgeon_cuts"] = tuple(kept)
+    if not kept:
+        del bare.__dict__["_attnsurgeon_cuts"]
+    return bare
+
+
+def _check(model: nn.Module, cut: Cut) -> None:
+    try:
+        block = model.get_submodule(cut.path)
+    except AttributeError:
+        raise BadFile(f"{type(model).__name__} has no module {cut.path!r} to operate on") from None
+    if hasattr(block, cut.splice.child):
+        raise BadFile(f"{cut.path} already has something called {cut.splice.child!r}")
+
+
+def build_attention(model: nn.Module, cut: Cut) -> AttentionBlock:
+    """Return the attention of a cut; its weights depend on the seed and its own place only."""
+    text = f"{cut.seed}:{cut.path}:{cut.splice.child}:{cut.block}"
+    own_seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
+    with borrowed_randomness(own_seed):
+        try:
+            attention = blocks.get(cut.block).build(cut.place, **cut.options)
+        except AttnSurgeonError as error:
+            raise type(error)(f"{cut.block} at {cut.path}: {error}") from None
+    like = next(
+        (p for p in _parameters_near(model, cut.path) if p.is_floating_point()), torch.empty(0)
+    )
+    return attention.to(device=like.device, dtype=like.dtype)
+
+
+def _parameters_near(model: nn.Module, path: str) -> Iterable[torch.Tensor]:
+    yield from model.get_submodule(path).parameters()
+    yield from model.parameters()
+
+
+def _attach(model: nn.Module, cut: Cut, attention: AttentionBlock) -> None:
+    block = model.get_submodule(cut.path)
+    attention.train(block.training)
+    block.add_module(cut.splice.child, attention)
+    wire(block, (*splices(block), cut.splice))
+
+
+def _detach(model: nn.Module, cut: Cut) -> None:
+    block = model.get_submodule(cut.path)
+    wire(block, tuple(s for s in splices(block) if s.child != cut.splice.child))
+    block._modules.pop(cut.splice.child, None)
+
+
+def count_parameters(model: nn.Module) -> Mapping[str, int]:
+    """Return the numbers of parameters: `before`, `added` (without gates), `gates`, `after` (all).
+
+    before + added + gates = after.
+    """
+    paths = attention_paths(model)
+    counts = {"before": 0, "added": 0, "gates": 0, "after": 0}
+    for name, parameter in model.named_parameters():
+        kind = "before"
+        if is_new_key(name, paths):
+            kind = "gates" if name.endswith(".openness") else "added"
+        counts[kind] += parameter.numel()
+        counts["after"] += parameter.numel()
+    return counts
