@@ -85,7 +85,11 @@ def fit_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> Non
     ]
     parts = [
         f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for kind, keys in (("missing", missing), ("unexpected", extra), ("of another shape", misfit))
+        for kind, keys in (
+            ("missing", missing),
+            ("unexpected", extra),
+            ("of another shape", misfit),
+        )
         if keys
     ]
     if parts:

@@ -209,7 +209,9 @@ def _describe(
         input_shapes=((1, channels, side, side),),
         mean=tuple(getattr(trained, "mean", None) or ()) or None,
         std=tuple(getattr(trained, "std", None) or ()) or None,
-        categories=tuple(chosen.meta["categories"]) if chosen and "categories" in chosen.meta else None,
+        categories=tuple(chosen.meta["categories"])
+        if chosen and "categories" in chosen.meta
+        else None,
     )
 
 

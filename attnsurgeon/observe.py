@@ -82,7 +82,11 @@ class _Watch(TorchDispatchMode):
         self.flowing = {id(leaf): leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)}
 
     def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         before = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         shapes = [tuple(tensor.shape) for tensor in before]

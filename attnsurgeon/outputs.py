@@ -12,7 +12,13 @@ from pathlib import Path
 from attnsurgeon.errors import OutputRefused
 
 # How libraries that write by themselves tell of a failed write, apart from OSError.
-_WRITE_FAILURES = ("os error", "I/O error", "PytorchStreamWriter", "Unable to write", "No space left")
+_WRITE_FAILURES = (
+    "os error",
+    "I/O error",
+    "PytorchStreamWriter",
+    "Unable to write",
+    "No space left",
+)
 
 
 def check_output(path: str | os.PathLike[str], *, force: bool = False) -> Path:
@@ -24,7 +30,9 @@ def check_output(path: str | os.PathLike[str], *, force: bool = False) -> Path:
     target = Path(path)
     folder = target.parent
     if not folder.is_dir():
-        raise OutputRefused(f"there is no folder {str(folder)!r}; make it first, or choose another -o")
+        raise OutputRefused(
+            f"there is no folder {str(folder)!r}; make it first, or choose another -o"
+        )
     if target.is_dir():
         raise OutputRefused(f"{str(target)!r} is a folder; name a file in it with -o")
     if target.exists() and not force:

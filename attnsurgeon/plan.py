@@ -127,17 +127,8 @@ def make_plan(
         PlacementUnavailable: a site named in full, or all sites, do not have the placement.
         NoSites: nothing is left to operate on.
     """
-    block_type = blocks.get(block)
-    if placement not in PLACEMENTS:
-        raise UnknownName("placement", placement, PLACEMENTS)
-    if placement not in block_type.placements:
-        having = ", ".join(n for n in blocks.names() if placement in blocks.get(n).placements)
-        raise PlacementUnavailable(
-            f"{block} cannot be put at {placement!r}; it takes {', '.join(block_type.placements)}"
-            f" ({placement!r} is for {having})"
-        )
+    values = check_request(block, placement=placement, every=every, options=options)
     chosen = select_sites(sites, at=at, exclude=exclude, stages=stages, every=every)
-    values = blocks.check_options(block, options or {})
     literal = {pattern for pattern in as_patterns(at) if not _is_wild(pattern)}
     cuts: list[Cut] = []
     skipped: dict[str, str] = {}
@@ -151,6 +142,32 @@ def make_plan(
     if not cuts:
         raise PlacementUnavailable(next(iter(skipped.values())))
     return Plan(tuple(cuts), skipped)
+
+
+def check_request(
+    block: str,
+    *,
+    placement: str = "post",
+    every: int = 1,
+    options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Refuse what no network could satisfy, before one is loaded; return the options as typed.
+
+    Raises:
+        UnknownName, BadOption, PlacementUnavailable: see make_plan.
+    """
+    block_type = blocks.get(block)
+    if placement not in PLACEMENTS:
+        raise UnknownName("placement", placement, PLACEMENTS)
+    if placement not in block_type.placements:
+        having = ", ".join(n for n in blocks.names() if placement in blocks.get(n).placements)
+        raise PlacementUnavailable(
+            f"{block} cannot be put at {placement!r}; it takes {', '.join(block_type.placements)}"
+            f" ({placement!r} is for {having})"
+        )
+    if every < 1:
+        raise BadOption(f"--every must be at least 1, not {every}")
+    return blocks.check_options(block, options or {})
 
 
 def _plan_cut(
@@ -196,12 +213,9 @@ def select_sites(
     """Return the sites that match, in their order. See make_plan.
 
     Raises:
-        BadOption: `every` is below 1.
         PatternUnmatched: a pattern or stage that no site has.
         NoSites: nothing is left.
     """
-    if every < 1:
-        raise BadOption(f"--every must be at least 1, not {every}")
     paths = [site.path for site in sites]
     wanted, unwanted = as_patterns(at) or ["*"], as_patterns(exclude)
     for pattern in (*wanted, *unwanted):

@@ -129,7 +129,9 @@ def default_example(model: nn.Module, size: tuple[int, int] = (224, 224)) -> Ten
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
             weight = module.weight
-            return torch.zeros(1, module.in_channels, *size, device=weight.device, dtype=weight.dtype)
+            return torch.zeros(
+                1, module.in_channels, *size, device=weight.device, dtype=weight.dtype
+            )
     return torch.zeros(1, 3, *size)
 
 

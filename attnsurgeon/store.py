@@ -23,9 +23,7 @@ KEY = "attnsurgeon"
 """The one metadata key; with two, their order in the file would be left to chance."""
 
 
-def save_model(
-    model: nn.Module, path: str | os.PathLike[str], *, force: bool = False
-) -> Recipe:
+def save_model(model: nn.Module, path: str | os.PathLike[str], *, force: bool = False) -> Recipe:
     """Write an operated network to a safetensors file with its recipe.
 
     The original tensors stand under their original keys, byte for byte. The file is whole or

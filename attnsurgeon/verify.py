@@ -214,9 +214,7 @@ def check_liveness(model: nn.Module, inputs: Inputs) -> Liveness:
     return Liveness(len(gates), tuple(n for n in gates if n in dead or n not in moved))
 
 
-def _with_gradient(
-    model: nn.Module, gates: dict[str, nn.Parameter], inputs: Inputs
-) -> set[str]:
+def _with_gradient(model: nn.Module, gates: dict[str, nn.Parameter], inputs: Inputs) -> set[str]:
     """Return the names of the gates that one backward pass reaches with a usable gradient."""
     if not gates:
         return set()

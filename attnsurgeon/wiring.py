@@ -82,7 +82,9 @@ def trace_own_forward(block: nn.Module, convs: Iterable[str] = ()) -> fx.Graph:
         try:
             graph = _Tracer(_ancestors(convs)).trace(probe)
         except Exception as error:
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            first = (
+                str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            )
             raise PlacementUnavailable(
                 f"the forward of {host.__name__} cannot be traced: {first}"
             ) from error
@@ -120,13 +122,17 @@ def dissect(block: nn.Module, graph: fx.Graph, passed: Iterable[str]) -> Anatomy
         if operands is None:
             continue
         roots = [ancestry(operand) for operand in operands]
-        shared = [n for n in graph.nodes if n.op == "placeholder" and n in roots[0] and n in roots[1]]
+        shared = [
+            n for n in graph.nodes if n.op == "placeholder" and n in roots[0] and n in roots[1]
+        ]
         if not shared:
             continue
         work = [_work(block, ancestry) for ancestry in roots]
         first_is_branch = work[0] >= work[1]
         branch, shortcut = operands if first_is_branch else operands[::-1]
-        while branch.op == "call_module" and branch.target in set(passed) and len(branch.users) == 1:
+        while (
+            branch.op == "call_module" and branch.target in set(passed) and len(branch.users) == 1
+        ):
             branch = branch.all_input_nodes[0]
         return Anatomy(node, branch, shortcut, shared[0])
     return None

@@ -75,7 +75,9 @@ class SelectiveKernel(AttentionBlock):
 
     title = "Selective Kernel"
     paper = "arXiv:1903.06586"
-    formula = "(M-1)(9C²/G + 2C) + Cd + 2d + MdC, d = max(C/r, L); replaced: the host's 9C²/G' + 2C stay"
+    formula = (
+        "(M-1)(9C²/G + 2C) + Cd + 2d + MdC, d = max(C/r, L); replaced: the host's 9C²/G' + 2C stay"
+    )
     placements = (*AROUND, "replace")
 
     def __init__(

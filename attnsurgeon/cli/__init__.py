@@ -1,0 +1,56 @@
+"""The command line: one file per command; each parses, calls the library once, and reports."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from attnsurgeon.cli import bench, blocks, demo, export, insert, models, sites, verify
+from attnsurgeon.cli.shell import Group
+
+app = typer.Typer(
+    cls=Group,
+    name="attnsurgeon",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Insert attention into pretrained vision networks without changing a bit of what they "
+    "compute; export them proven equal; measure what it costs.",
+    epilog="Exit codes: 0 done, 2 something you can put right, 3 identity broken, 4 an export "
+    "differs, 130 interrupted.",
+)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from attnsurgeon import __version__
+
+        sys.stdout.write(f"attnsurgeon {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Hold what stands before a command."""
+
+
+for _command in (insert, export, bench, sites, blocks, models, verify, demo):
+    _command.add_to(app)
+
+
+def _terminate(number: int, frame: Any) -> None:
+    sys.exit(128 + number)  # as an exception, so that partial files are taken away
+
+
+def main() -> None:
+    """Run the command line."""
+    signal.signal(signal.SIGTERM, _terminate)
+    app()

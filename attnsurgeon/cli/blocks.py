@@ -1,0 +1,31 @@
+"""`attnsurgeon blocks`: the attention there is, with its options."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from attnsurgeon.cli.shell import say, say_json
+
+EXAMPLES = """
+[bold]Examples[/]
+
+  attnsurgeon blocks
+
+  attnsurgeon blocks --json
+"""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Enter the command."""
+    app.command("blocks", epilog=EXAMPLES)(blocks)
+
+
+def blocks(
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
+) -> None:
+    """Show every attention block: paper, parameters, placements, options."""
+    from attnsurgeon.report.blocks import blocks_to_json, show_blocks
+
+    say_json(blocks_to_json()) if as_json else say(show_blocks())

@@ -1,0 +1,68 @@
+"""`attnsurgeon export`: write a network for deployment, proven equal from disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from attnsurgeon.cli.shell import read_size, say, say_json, tell
+
+EXAMPLES = """
+[bold]Examples[/]
+
+  attnsurgeon export resnet50_se.safetensors -o resnet50_se.onnx
+
+  attnsurgeon export resnet50_se.safetensors -o resnet50_se.pt --input-size 320,256
+
+  attnsurgeon export resnet50_se.safetensors --checkpoint trained.pth -o trained.onnx --opset 18
+"""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Enter the command."""
+    app.command("export", epilog=EXAMPLES)(export)
+
+
+def export(
+    file: Annotated[str, typer.Argument(help="A file of attnsurgeon, or a model name.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A .onnx or .pt file to write.")],
+    opset: Annotated[int | None, typer.Option(help="ONNX operator set; 20 by default.")] = None,
+    input_size: Annotated[
+        str | None, typer.Option(help="H or H,W in pixels; the network's own by default.")
+    ] = None,
+    static: Annotated[
+        bool, typer.Option("--static", help="Fix batch (1), height and width.")
+    ] = False,
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Trained weights of the same network, such as .pth.")
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="For a model name: DEFAULT, a name of weights, or none.")
+    ] = "DEFAULT",
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Export to ONNX or TorchScript, re-open the file and compare it with the model.
+
+    The comparison runs with the gates as they are and with every gate opened at random, at
+    batch 1, 2 and 5 and another input size. A file that differs is not kept (exit 4).
+    """
+    from attnsurgeon.export import export_model
+    from attnsurgeon.export.format import format_for
+    from attnsurgeon.job import open_model
+    from attnsurgeon.outputs import check_output
+    from attnsurgeon.report.artifact import show_artifact
+
+    format_for(output)
+    check_output(output, force=force)
+    size = read_size(input_size)
+    tell(f"loading {file}")
+    model = open_model(file, weights=weights, checkpoint=checkpoint)
+    artifact = export_model(
+        model, output, opset=opset, input_size=size, static=static, force=force, progress=tell
+    )
+    for notice in artifact.notices:
+        tell(notice)
+    say_json(artifact.to_json()) if as_json else say(show_artifact(artifact))

@@ -1,0 +1,133 @@
+"""`attnsurgeon insert`: put attention into a network and write it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from attnsurgeon.cli.shell import (
+    is_assignment,
+    is_integer,
+    list_command,
+    read_assignments,
+    say,
+    say_json,
+    tell,
+)
+
+EXAMPLES = """
+[bold]Examples[/]
+
+  attnsurgeon insert resnet50 --block se
+
+  attnsurgeon insert resnet50 --block gc --placement standard --stage 2 3 4 --set ratio=1/4
+
+  attnsurgeon insert resnext50_32x4d --block sk --placement replace -o sknet50.safetensors
+
+  attnsurgeon insert resnet18 --checkpoint mine.pth --num-classes 10 --block cbam --at 'layer3.*'
+
+  attnsurgeon insert resnet50_se.safetensors --block gc --at layer4.2 -o both.onnx
+"""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Enter the command."""
+    lists = list_command(
+        1, at=None, exclude=None, stage=is_integer, set=is_assignment, model_arg=is_assignment
+    )
+    app.command("insert", cls=lists, epilog=EXAMPLES)(insert)
+
+
+def insert(
+    model: Annotated[
+        str, typer.Argument(help="A torchvision name, `digits`, or a file of attnsurgeon.")
+    ],
+    block: Annotated[str, typer.Option(help="se, cbam, sk or gc.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="A .safetensors, .onnx or .pt file to write."),
+    ] = None,
+    at: Annotated[
+        list[str] | None, typer.Option(help="Shell patterns of block paths, as 'layer3.*'.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Shell patterns of block paths to leave out.")
+    ] = None,
+    stage: Annotated[
+        list[int] | None, typer.Option(help="Stages (runs of one feature size), from 1.")
+    ] = None,
+    every: Annotated[int, typer.Option(help="Take each K-th of the chosen blocks.")] = 1,
+    placement: Annotated[
+        str, typer.Option(help="post, standard, pre, identity, conv or replace.")
+    ] = "post",
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Options of the block, as reduction=8.")
+    ] = None,
+    weights: Annotated[
+        str, typer.Option(help="DEFAULT, a name of torchvision's weights, or none (random).")
+    ] = "DEFAULT",
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="A file of weights for the network.")
+    ] = None,
+    num_classes: Annotated[
+        int | None, typer.Option(help="Of the network, where it is not the default.")
+    ] = None,
+    model_arg: Annotated[
+        list[str] | None, typer.Option(help="Arguments of the network's builder, as key=value.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the new weights.")] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be done; write nothing.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Insert attention behind closed gates: every output stays bitwise what it was.
+
+    By default after every residual block (--placement post). The new network is checked before
+    it is written: equal outputs in eval and train mode, and every gate able to learn.
+    """
+    from attnsurgeon.job import InsertJob, run_insert
+    from attnsurgeon.report.insertion import show_insertion
+
+    job = InsertJob(
+        model=model,
+        block=block,
+        output=output,
+        at=tuple(at or ["*"]),
+        exclude=tuple(exclude or ()),
+        stages=tuple(stage or ()),
+        every=every,
+        placement=placement,
+        options=read_assignments(set_ or (), "--set"),
+        weights=weights,
+        checkpoint=checkpoint,
+        num_classes=num_classes,
+        arguments=literals(read_assignments(model_arg or (), "--model-arg")),
+        seed=seed,
+        dry_run=dry_run,
+        force=force,
+    )
+    done = run_insert(job, tell)
+    for path, reason in done.skipped.items():
+        tell(f"skipped {path}: {reason}")
+    say_json(done.to_json()) if as_json else say(show_insertion(done))
+
+
+def literals(texts: dict[str, str]) -> dict[str, Any]:
+    """Return values read as JSON where they are (numbers, lists, true), else as text."""
+    import ast
+    import json
+
+    values: dict[str, Any] = {}
+    for key, text in texts.items():
+        try:
+            values[key] = json.loads(text)
+        except ValueError:
+            try:
+                values[key] = ast.literal_eval(text)
+            except (ValueError, SyntaxError):
+                values[key] = text
+    return values

@@ -1,0 +1,46 @@
+"""`attnsurgeon sites`: where attention can go in a network."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from attnsurgeon.cli.shell import is_assignment, list_command, read_assignments, say, say_json, tell
+
+EXAMPLES = """
+[bold]Examples[/]
+
+  attnsurgeon sites resnet50
+
+  attnsurgeon sites resnet50_se.safetensors --json
+"""
+
+
+def add_to(app: typer.Typer) -> None:
+    """Enter the command."""
+    app.command("sites", cls=list_command(1, model_arg=is_assignment), epilog=EXAMPLES)(sites)
+
+
+def sites(
+    model: Annotated[
+        str, typer.Argument(help="A torchvision name, `digits`, or a file of attnsurgeon.")
+    ],
+    model_arg: Annotated[
+        list[str] | None, typer.Option(help="Arguments of the network's builder, as key=value.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
+) -> None:
+    """Show the residual blocks that one forward pass finds, with their measured shapes."""
+    from attnsurgeon.cli.insert import literals
+    from attnsurgeon.host import HostCard, card_of
+    from attnsurgeon.job import open_model
+    from attnsurgeon.report.sites import show_sites, site_to_json
+    from attnsurgeon.sites import find_sites
+
+    tell(f"watching {model}")
+    arguments = literals(read_assignments(model_arg or (), "--model-arg"))
+    network = open_model(model, weights="none", arguments=arguments)
+    card = card_of(network) or HostCard(None, type(network).__name__)
+    found = find_sites(network, card.example(next(network.parameters())))
+    say_json([site_to_json(s) for s in found]) if as_json else say(show_sites(model, found))

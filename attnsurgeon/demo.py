@@ -1,0 +1,112 @@
+"""The whole path on the shipped digits network: insert, prove, save, export, run, measure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnsurgeon import digits
+from attnsurgeon.bench import compare_speed
+from attnsurgeon.errors import ExportDiffers, IdentityBroken, OutputRefused
+from attnsurgeon.export import export_model
+from attnsurgeon.export.format import format_for
+from attnsurgeon.job import InsertJob, Insertion, run_insert
+from attnsurgeon.outputs import atomic_output
+from attnsurgeon.store import load_model, load_plain
+
+BLOCK = "cbam"
+EXPORTS = (".onnx", ".pt")
+BENCH_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo did, with the digits read right before, after and by each file."""
+
+    folder: str
+    images: int
+    accuracy: dict[str, float]
+    insertion: Insertion
+    speed: Any
+    files: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {
+            "folder": self.folder,
+            "images": self.images,
+            "accuracy": self.accuracy,
+            "insertion": self.insertion.to_json(),
+            "comparisons": self.speed.to_json()["comparisons"],
+            "files": list(self.files),
+        }
+
+
+def run_demo(
+    folder: Path | None = None, progress: Callable[[str], None] = lambda text: None
+) -> Demo:
+    """Insert CBAM into `digits`, show that nothing changed, and leave the files in a folder.
+
+    Args:
+        folder: a new or empty folder; `attnsurgeon-demo`, or with a number, by default.
+        progress: is told what is being done.
+
+    Raises:
+        OutputRefused: the folder cannot be made or is not empty.
+        IdentityBroken: a logit on a real digit changed.
+        ExportDiffers: an exported file reads a digit otherwise than the network.
+    """
+    target = _folder(folder)
+    images, labels = digits.held_out()
+    saved = target / f"digits_{BLOCK}.safetensors"
+    insertion = run_insert(InsertJob("digits", BLOCK, output=saved), progress)
+    operated = load_model(saved)
+    before, after = _logits(load_plain(saved), images), _logits(operated, images)
+    if not torch.equal(before, after):
+        raise IdentityBroken("a logit on the held-out digits changed")
+    accuracy = {"before": _accuracy(before, labels), "after": _accuracy(after, labels)}
+    for suffix in EXPORTS:
+        path = saved.with_suffix(suffix)
+        export_model(operated, path, progress=progress)
+        read = format_for(path).open(path)((images,))[0]
+        accuracy[path.name] = _accuracy(read, labels)
+        if not torch.equal(read.argmax(1), after.argmax(1)):
+            raise ExportDiffers(f"{path} reads some digits otherwise than the network")
+    progress("measuring what the attention costs")
+    speed = compare_speed([str(saved)], engines=("eager", "onnxruntime"), seconds=BENCH_SECONDS)
+    results = target / "bench.json"
+    with atomic_output(results) as part:
+        part.write_text(json.dumps(speed.to_json(), indent=2) + "\n", encoding="utf-8")
+    files = tuple(sorted(str(path) for path in target.iterdir()))
+    return Demo(str(target), len(labels), accuracy, insertion, speed, files)
+
+
+def _folder(folder: Path | None) -> Path:
+    if folder is None:
+        folder, number = Path("attnsurgeon-demo"), 1
+        while folder.exists():
+            number += 1
+            folder = Path(f"attnsurgeon-demo-{number}")
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise OutputRefused(f"{str(folder)!r} is there and not an empty folder; name a new one")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputRefused(f"cannot make the folder {str(folder)!r}: {error.strerror}") from error
+    return folder
+
+
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    with torch.no_grad():
+        logits: Tensor = model(images)
+    return logits
+
+
+def _accuracy(logits: Tensor, labels: Tensor) -> float:
+    return (logits.argmax(1) == labels).double().mean().item()

@@ -1,0 +1,96 @@
+"""What an export format is: a draft made once, written with any gates, and read back to be run."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from attnsurgeon.errors import UnknownName
+from attnsurgeon.registry import Registry
+
+Runner = Callable[[tuple[Tensor, ...]], list[Tensor]]
+"""Runs a written file: inputs -> the leaves of its outputs, on the CPU."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the user may choose; a format that has no such choice refuses it."""
+
+    opset: int | None = None
+    dynamic: bool = True
+    metadata: Mapping[str, str] | None = None
+
+
+class Draft(ABC):
+    """A network translated once, which can be written with its gates at any values."""
+
+    notices: tuple[str, ...] = ()
+
+    @abstractmethod
+    def write(self, path: Path, gates: Mapping[str, Tensor]) -> None:
+        """Write the network with these gate values (by dotted path)."""
+
+
+class Format(ABC):
+    """One export format; a subclass per file in this folder, registered under its suffix."""
+
+    name: ClassVar[str]
+
+    @abstractmethod
+    def draft(self, model: nn.Module, inputs: tuple[Tensor, ...], settings: Settings) -> Draft:
+        """Translate a network in eval mode.
+
+        Raises:
+            ExportRefused: the network, or a setting, is not one for this format.
+            MissingPackage: what writes the format is missing or known to be wrong.
+        """
+
+    @abstractmethod
+    def open(self, path: Path) -> Runner:
+        """Read a written file from disk and return what runs it."""
+
+    def opset(self, path: Path) -> int | None:
+        """Return the opset that a written file asks for, if the format has such a thing."""
+        return None
+
+    def fixed_axes(self, path: Path) -> list[str]:
+        """Return the input axes that a written file fixes, as far as it says."""
+        return []
+
+
+formats: Registry[Format] = Registry("export format")
+
+
+def register(suffix: str) -> Callable[[type[Format]], type[Format]]:
+    """Return a decorator that enters a format under the suffix of its files."""
+
+    def enter(kind: type[Format]) -> type[Format]:
+        formats.register(suffix)(kind())
+        return kind
+
+    return enter
+
+
+def format_for(path: str | os.PathLike[str]) -> Format:
+    """Return the format that a file's suffix names.
+
+    Raises:
+        UnknownName: no format has that suffix.
+    """
+    suffix = Path(path).suffix.lower()
+    if suffix not in formats:
+        raise UnknownName("export format", suffix or str(path), formats.names())
+    return formats.get(suffix)
+
+
+def leaves_on_cpu(output: Any) -> list[Tensor]:
+    """Return the tensors of any output structure, on the CPU."""
+    from torch.utils._pytree import tree_leaves
+
+    return [leaf.detach().cpu() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]

@@ -1,0 +1,152 @@
+"""Compare a written file with the model, with its gates as they are and with all of them open."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnsurgeon.borrow import (
+    borrowed_buffers,
+    borrowed_modes,
+    borrowed_numerics,
+    borrowed_randomness,
+    borrowed_values,
+)
+from attnsurgeon.export.format import Runner, leaves_on_cpu
+from attnsurgeon.gate import named_gates
+
+# Another engine sums in another order: in float32 that moves the largest output by some 1e-6 of
+# itself, where a wrong constant, axis or gate moves it by 1e-2 and more. Half precision holds 3
+# (float16) or 2 (bfloat16) digits per operation.
+TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+MIN_COSINE = 0.9999
+VISIBLE = 100
+"""Opened gates must move the output by this many tolerances: what cannot be seen proves nothing."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison of a written file with the model.
+
+    Attributes:
+        gates: `closed` (all at 0, as after insertion) or `open`.
+        batch: number of images.
+        size: height and width in pixels.
+        max_abs: largest absolute difference of an output element.
+        max_rel: that over the largest absolute output of the model.
+        cosine: between both outputs, flattened.
+        top1_agreement: share of the images with the same largest output.
+        passed: within the tolerances, and nothing NaN or infinite.
+    """
+
+    gates: str
+    batch: int
+    size: tuple[int, int]
+    max_abs: float
+    max_rel: float
+    cosine: float
+    top1_agreement: float
+    passed: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {**asdict(self), "size": list(self.size)}
+
+
+def compare_outputs(
+    expected: list[Tensor], found: list[Tensor], tolerance: float
+) -> tuple[float, float, float, float, bool]:
+    """Return max_abs, max_rel, cosine, top1_agreement and whether that passes."""
+    same_shapes = [t.shape for t in expected] == [t.shape for t in found]
+    if not same_shapes or not expected:
+        return float("inf"), float("inf"), 0.0, 0.0, False
+    want = torch.cat([t.double().flatten() for t in expected])
+    have = torch.cat([t.double().flatten() for t in found])
+    if not bool(want.isfinite().all() and have.isfinite().all()):
+        return float("inf"), float("inf"), 0.0, 0.0, False
+    max_abs = (want - have).abs().max().item()
+    largest = want.abs().max().item()
+    max_rel = max_abs / largest if largest else max_abs
+    cosine = torch.nn.functional.cosine_similarity(want, have, dim=0).item() if largest else 1.0
+    agreement = _top1_agreement(expected[0], found[0])
+    return max_abs, max_rel, cosine, agreement, max_rel <= tolerance and cosine >= MIN_COSINE
+
+
+def _top1_agreement(expected: Tensor, found: Tensor) -> float:
+    if expected.ndim < 2:
+        return 1.0
+    return (expected.argmax(1) == found.argmax(1)).double().mean().item()
+
+
+def gate_values(model: nn.Module) -> dict[str, Tensor]:
+    """Return a copy of every gate as it is."""
+    return {name: gate.detach().clone() for name, gate in named_gates(model).items()}
+
+
+def opened_values(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+    """Return a random opening for every gate, all different, that visibly changes the output.
+
+    Openings start in (0.25, 1) and grow tenfold until the output moves by VISIBLE tolerances: a
+    branch behind a tiny layer scale would otherwise hide whatever its attention computes.
+    """
+    gates = named_gates(model)
+    with borrowed_randomness(1):
+        openings = {name: 0.25 + 0.75 * torch.rand(gate.shape) for name, gate in gates.items()}
+    reference = run_with_gates(model, gate_values(model), inputs)
+    tolerance = TOLERANCES[reference[0].dtype]
+    for _ in range(7):
+        opened = run_with_gates(model, openings, inputs)
+        max_rel = compare_outputs(reference, opened, tolerance)[1]
+        if max_rel > VISIBLE * tolerance:
+            break
+        openings = {name: 10 * value for name, value in openings.items()}
+    return openings
+
+
+def run_with_gates(
+    model: nn.Module, gates: Mapping[str, Tensor], inputs: tuple[Tensor, ...]
+) -> list[Tensor]:
+    """Run the model in eval mode with these gate values; it is left as it was."""
+    with gates_at(model, gates), torch.no_grad(), borrowed_buffers(model), borrowed_numerics():
+        return leaves_on_cpu(model(*inputs))
+
+
+@contextmanager
+def gates_at(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Set gates for a while, in eval mode."""
+    gates = named_gates(model)
+    with borrowed_modes(model), borrowed_values(list(gates.values())):
+        model.eval()
+        with torch.no_grad():
+            for name, gate in gates.items():
+                gate.copy_(values[name])
+        yield
+
+
+def check_file(
+    run: Runner,
+    model: nn.Module,
+    gates: Mapping[str, Tensor],
+    label: str,
+    batches: list[Tensor],
+) -> list[Check]:
+    """Run a file and the model on each batch, with the model's gates at what the file holds."""
+    checks = []
+    for batch in batches:
+        expected = run_with_gates(model, gates, (batch,))
+        try:
+            found = run((batch,))
+        except Exception as error:  # a file that fails on an input differs from a model that runs
+            if "Fail" not in type(error).__name__ and not isinstance(error, RuntimeError):
+                raise
+            found = []
+        height, width = batch.shape[-2:]
+        tolerance = TOLERANCES[expected[0].dtype]
+        figures = compare_outputs(expected, found, tolerance)
+        checks.append(Check(label, batch.shape[0], (height, width), *figures))
+    return checks

@@ -1,0 +1,145 @@
+"""TorchScript: scripted where that works, else traced. The one file that torch.jit's end touches."""
+
+from __future__ import annotations
+
+import io
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from attnsurgeon.borrow import borrowed_modes
+from attnsurgeon.errors import BadFile, ExportRefused
+from attnsurgeon.export.format import (
+    Draft,
+    Format,
+    Runner,
+    Settings,
+    leaves_on_cpu,
+    register,
+)
+
+NOTICE = (
+    "TorchScript is deprecated as of torch 2.11: the file runs where torch.jit still is; "
+    "prefer .onnx for new deployments"
+)
+_TRACED = "the network cannot be scripted; it was traced instead"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep torch.jit from repeating what NOTICE says once, and the tracer from doubting shapes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`torch\.jit\..*deprecated")
+        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        yield
+
+
+def make_torchscript(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.jit.ScriptModule:
+    """Return the network in eval mode as TorchScript, scripted where possible, else traced.
+
+    Raises:
+        ExportRefused: it can be neither scripted nor traced.
+    """
+    return _make(model, inputs)[0]
+
+
+def _make(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[torch.jit.ScriptModule, bool]:
+    with _quiet(), torch.no_grad(), borrowed_modes(model):
+        model.eval()
+        try:
+            return torch.jit.script(model), True
+        except Exception:  # whatever the compiler cannot take is tried by tracing
+            pass
+        try:
+            return torch.jit.trace(model, inputs, check_trace=False), False
+        except Exception as error:
+            first = str(error).strip().splitlines()[0]
+            raise ExportRefused(
+                f"{type(model).__name__} can be neither scripted nor traced: {first}; "
+                "export it to .onnx"
+            ) from error
+
+
+class _ScriptDraft(Draft):
+    def __init__(
+        self, scripted: torch.jit.ScriptModule, is_scripted: bool, metadata: Mapping[str, str]
+    ) -> None:
+        self.scripted = scripted
+        self.metadata = dict(metadata)
+        self.notices = (NOTICE,) if is_scripted else (NOTICE, _TRACED)
+
+    def write(self, path: Path, gates: Mapping[str, Tensor]) -> None:
+        # Saved and read again first: the draft shares its parameters with the user's model.
+        with _quiet(), torch.no_grad():
+            memory = io.BytesIO()
+            torch.jit.save(self.scripted, memory)
+            memory.seek(0)
+            twin = torch.jit.load(memory)
+            parameters = dict(twin.named_parameters())
+            for name, value in gates.items():
+                parameters[name].copy_(value)
+            torch.jit.save(twin, path, _extra_files=self.metadata)
+
+
+@register(".pt")
+class TorchScript(Format):
+    """One file with code and weights, for libtorch and torch.jit.load."""
+
+    name = "torchscript"
+
+    def draft(self, model: nn.Module, inputs: tuple[Tensor, ...], settings: Settings) -> Draft:
+        """Script or trace the network.
+
+        Raises:
+            ExportRefused: neither works, or an opset was asked for.
+        """
+        if settings.opset is not None:
+            raise ExportRefused("--opset is for .onnx; a .pt file has none")
+        scripted, is_scripted = _make(model, inputs)
+        if not is_scripted and settings.dynamic:
+            scripted = _trace_checked(model, inputs, scripted)
+        return _ScriptDraft(scripted, is_scripted, settings.metadata or {})
+
+    def open(self, path: Path) -> Runner:
+        """Load the file.
+
+        Raises:
+            BadFile: it is not TorchScript.
+        """
+        try:
+            with _quiet():
+                module = torch.jit.load(path, map_location="cpu").eval()
+        except RuntimeError as error:
+            first = str(error).strip().splitlines()[0]
+            raise BadFile(f"{str(path)!r} is no TorchScript file: {first}") from error
+
+        def run(inputs: tuple[Tensor, ...]) -> list[Tensor]:
+            with _quiet(), torch.no_grad():
+                return leaves_on_cpu(module(*(part.cpu() for part in inputs)))
+
+        return run
+
+
+def _trace_checked(
+    model: nn.Module, inputs: tuple[Tensor, ...], traced: torch.jit.ScriptModule
+) -> torch.jit.ScriptModule:
+    """Return the trace if it takes another batch size; sizes baked in are refused here.
+
+    Raises:
+        ExportRefused: the trace is fixed to the batch that it was made with.
+    """
+    other = tuple(torch.cat([part, part[:1]]) for part in inputs)
+    try:
+        with _quiet(), torch.no_grad(), borrowed_modes(model):
+            model.eval()
+            traced(*other)
+    except RuntimeError as error:
+        raise ExportRefused(
+            f"the trace of {type(model).__name__} takes the batch size that it was made with only; "
+            "give --static"
+        ) from error
+    return traced

@@ -1,0 +1,1 @@
+"""Results as tables: the only place, beside the shell, that knows rich."""

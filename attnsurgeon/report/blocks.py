@@ -1,0 +1,61 @@
+"""The attention blocks as a table and as JSON."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from rich.console import RenderableType
+from rich.table import Table
+
+from attnsurgeon import blocks
+
+WIDTH = 256
+"""Channels at which the parameters of a block are shown."""
+
+
+def blocks_to_json() -> list[dict[str, Any]]:
+    """Return name, title, paper, formula, parameters at 256 channels, layouts, placements, options."""
+    return [_describe(name) for name in blocks.names()]
+
+
+def _describe(name: str) -> dict[str, Any]:
+    block = blocks.get(name)
+    defaults = inspect.signature(block).parameters
+    built = block(WIDTH)
+    gates = sum(p.numel() for n, p in built.named_parameters() if n.endswith("openness"))
+    options = {option: defaults[option].default for option in blocks.option_types(name)}
+    return {
+        "name": name,
+        "title": block.title,
+        "paper": block.paper,
+        "formula": block.formula,
+        "parameters": sum(p.numel() for p in built.parameters()) - gates,
+        "gates": gates,
+        "layouts": list(block.layouts),
+        "placements": list(block.placements),
+        "options": {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()},
+    }
+
+
+def show_blocks() -> RenderableType:
+    """Return one row per block."""
+    table = Table(title=f"attention blocks, parameters at C = {WIDTH}", title_justify="left")
+    for heading in ("block", "paper", "parameters", "placements", "options"):
+        table.add_column(heading, justify="right" if heading == "parameters" else "left")
+    for entry in blocks_to_json():
+        options = ", ".join(f"{k}={_short(v)}" for k, v in entry["options"].items())
+        table.add_row(
+            f"{entry['name']}\n{entry['title']}",
+            entry["paper"],
+            f"{entry['parameters']:,}\n{entry['formula']}",
+            ", ".join(entry["placements"]),
+            options,
+        )
+    return table
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, list):
+        return ",".join(value)
+    return str(value).lower() if isinstance(value, bool) or value is None else str(value)

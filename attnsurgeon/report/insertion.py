@@ -1,0 +1,51 @@
+"""An insertion as a table of sites and a summary."""
+
+from __future__ import annotations
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from attnsurgeon.job import Insertion
+
+
+def show_insertion(done: Insertion) -> RenderableType:
+    """Return the sites with what each costs, and what was promised and held."""
+    table = Table(title=f"{done.block} in {done.model}, {done.placement}", title_justify="left")
+    table.add_column("site")
+    for heading in ("channels", "feature size", "parameters", "multiply-adds"):
+        table.add_column(heading, justify="right")
+    for cost in done.costs:
+        size = "x".join(str(n) for n in cost.cut.shape[2:])
+        table.add_row(
+            cost.cut.path,
+            f"{cost.cut.place.channels:,}",
+            size,
+            f"{cost.parameters:,}",
+            f"{cost.macs:,}",
+        )
+    return Group(table, *(Text(line) for line in summary(done)))
+
+
+def summary(done: Insertion) -> list[str]:
+    """Return the lines under the table."""
+    counts, tensors = done.parameters, done.tensors
+    share = 100 * counts["added"] / max(1, counts["before"])
+    lines = [
+        f"parameters        {counts['before']:,} + {counts['added']:,} (+{share:.2f} %)"
+        f" + {counts['gates']} gates = {counts['after']:,}",
+        f"original tensors  {tensors['kept']}/{tensors['original']} identical,"
+        f" {tensors['new']} new",
+    ]
+    if done.skipped:
+        lines.append(f"skipped           {len(done.skipped)} sites without this placement")
+    if done.verdict is not None and done.liveness is not None:
+        runs = len(done.verdict.inputs)
+        lines += [
+            f"identity          exact: {runs} of {runs} runs bitwise equal (eval and train)",
+            f"liveness          {done.liveness.live}/{done.liveness.gates} gates can learn",
+            f"written           {done.output}",
+        ]
+    else:
+        lines.append("dry run           nothing was written")
+    return lines
