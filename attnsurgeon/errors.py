@@ -1,6 +1,6 @@
 """What a user can put right, and the two promises that can break.
 
-AttnSurgeonError                  exit 2: one line says what happened, to which thing, what to type next
+AttnSurgeonError                  exit 2: one line: what happened, to which thing, what to type next
 ├── UnknownName (LookupError)     a model, block, weight, option or placement that does not exist
 ├── BadOption (ValueError)        a value that an option cannot take
 ├── NoSites (LookupError)         nothing in the network can take the attention asked for
@@ -15,7 +15,7 @@ AttnSurgeonError                  exit 2: one line says what happened, to which 
 ├── ExportRefused (RuntimeError)  a network that the exporter cannot take
 ├── EngineUnavailable (RuntimeError) a bench engine or device that is not there, or fell back
 ├── IdentityBroken (ArithmeticError) exit 3: an output changed, or a gate cannot learn
-└── ExportDiffers (ArithmeticError) exit 4: the written file does not compute what the model computes
+└── ExportDiffers (ArithmeticError) exit 4: the file does not compute what the model computes
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from collections.abc import Iterable
 
 
 class AttnSurgeonError(Exception):
-    """Root of everything that is shown as one line; other exceptions are bugs and keep their traceback."""
+    """Root of all that is shown as one line; other exceptions are bugs and keep a traceback."""
 
     exit_code = 2
 

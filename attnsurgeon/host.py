@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -195,7 +195,7 @@ def _describe(
     chosen: WeightsEnum | None,
     described: WeightsEnum | None,
 ) -> HostCard:
-    """Write the card: the input size is the published one, classes and norms those of the weights."""
+    """Write the card: the published input size, the classes and norms of the weights."""
     preset = described.transforms() if described is not None else None
     crop = getattr(preset, "crop_size", [224])
     side = int(crop[0] if isinstance(crop, list | tuple) else crop)
@@ -235,8 +235,8 @@ def _build(name: str, extra: Mapping[str, Any], weights: WeightsEnum | None = No
 def _unfetched(name: str, weights: WeightsEnum | None, error: Exception) -> AttnSurgeonError:
     reason = str(getattr(error, "reason", error)).strip().splitlines() or [type(error).__name__]
     return WeightsUnavailable(
-        f"the weights {weights} of {name} could not be fetched ({reason[0]}); give --checkpoint FILE "
-        "with weights you have, or --weights none for a random network"
+        f"the weights {weights} of {name} could not be fetched ({reason[0]}); give "
+        "--checkpoint FILE with weights you have, or --weights none for a random network"
     )
 
 
@@ -253,7 +253,7 @@ def _misfit(
 
 @contextmanager
 def _tensors_only() -> Iterator[None]:
-    """Have torchvision read downloaded weights as tensors alone; it does not ask for that itself."""
+    """Have torchvision read downloaded weights as tensors alone; by itself it does not."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     before = os.environ.get(name)
     os.environ[name] = "1"
@@ -266,8 +266,8 @@ def _tensors_only() -> Iterator[None]:
             os.environ[name] = before
 
 
-def rebuild_host(card: HostCard, device: str | None = None) -> nn.Module:
-    """Build the plain network of a card with random weights; on `meta` without memory.
+def rebuild_host(card: HostCard, *, weightless: bool = False) -> nn.Module:
+    """Build the plain network of a card with random weights, or without memory for weights.
 
     Raises:
         HostUnusable: the card is of a network of the user's own.
@@ -285,7 +285,7 @@ def rebuild_host(card: HostCard, device: str | None = None) -> nn.Module:
     elif name not in list_models():
         raise BadFile(f"the recipe's host {name!r} is no torchvision model")
     try:
-        with torch.device(device) if device else _nothing():
+        with _weightless() if weightless else nullcontext():
             model = _build(name, arguments)
     except AttnSurgeonError as error:
         raise BadFile(f"the recipe's host cannot be built: {error}") from error
@@ -294,8 +294,24 @@ def rebuild_host(card: HostCard, device: str | None = None) -> nn.Module:
 
 
 @contextmanager
-def _nothing() -> Iterator[None]:
-    yield
+def _weightless() -> Iterator[None]:
+    """Put every parameter that is made inside on the meta device.
+
+    `torch.device("meta")` would do so with everything, and some networks compute with small
+    tensors while they are built.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, param)
+        if param is not None:
+            self._parameters[name] = nn.Parameter(param.to("meta"), param.requires_grad)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
 def recognise(model: nn.Module) -> HostCard | None:
@@ -331,7 +347,7 @@ def _if_same(
     if get_model_builder(name).__module__ != kind.__module__:
         return None
     try:
-        with torch.device("meta"):
+        with _weightless():
             candidate = get_model(name, weights=None, **arguments)
     except (TypeError, ValueError, RuntimeError, NotImplementedError):
         return None

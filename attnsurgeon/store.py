@@ -65,7 +65,7 @@ def make_recipe(model: nn.Module) -> Recipe:
 
 
 def _host_card(model: nn.Module) -> HostCard:
-    """Return the model's card; a torchvision network from the library is recognised by its build."""
+    """Return the model's card; a torchvision network without one is recognised by its build."""
     card = card_of(model) or HostCard(name=None, class_name=type(model).__name__)
     if card.name is None:
         known = recognise(_bare(model))
@@ -141,7 +141,7 @@ def load_model(path: str | os.PathLike[str], host: nn.Module | None = None) -> n
     try:
         state = load_file(path)
         if host is None:
-            host = rebuild_host(recipe.host, device="meta") if recipe.host.name else None
+            host = rebuild_host(recipe.host, weightless=True) if recipe.host.name else None
             if host is not None:  # refuse before any memory is taken that the recipe asks for
                 _check_fit(host, recipe, state, source)
             model = rebuild_host(recipe.host)

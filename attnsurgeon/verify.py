@@ -232,7 +232,7 @@ def _with_gradient(model: nn.Module, gates: dict[str, nn.Parameter], inputs: Inp
 
 
 def _weighted_sum(output: Any) -> Tensor:
-    """Return a scalar that hears every output: a plain sum would be blind to what a softmax does."""
+    """Return a scalar that hears every output; a plain sum is blind to what a softmax does."""
     leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
     weights = (torch.randn(leaf.shape).to(leaf.device, leaf.dtype) for leaf in leaves)
     return torch.stack(

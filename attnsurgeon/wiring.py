@@ -112,7 +112,7 @@ class Anatomy:
 
 
 def dissect(block: nn.Module, graph: fx.Graph, passed: Iterable[str]) -> Anatomy | None:
-    """Find the last addition of two paths from one input; the branch is the path that computes more.
+    """Find the last addition of two paths from one input; the branch computes more.
 
     `passed` names the children that hand their input through in eval mode: the end of the branch
     is before them. Returns None where there is no such addition.

@@ -37,12 +37,17 @@ class Group(TyperGroup):
             code = super().main(*args, standalone_mode=False, **extra)
         except _UsageError as error:
             command = getattr(getattr(error, "ctx", None), "command_path", "attnsurgeon")
-            text = getattr(error, "format_message", lambda: str(error))()
-            complain(f"{text.rstrip('.')}; see {command} --help")
+            complain(f"{_usage(error).rstrip('.')}; see {command} --help")
             code = 2
         if not standalone_mode:
             return code
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _usage(error: Exception) -> str:
+    """Return the message of a usage error; what it was about is told by a method of its own."""
+    formatted = getattr(error, "format_message", None)
+    return str(formatted() if formatted else error)
 
 
 class ListCommand(TyperCommand):

@@ -1,4 +1,4 @@
-"""TorchScript: scripted where that works, else traced. The one file that torch.jit's end touches."""
+"""TorchScript, scripted where that works, else traced. The one file that knows torch.jit."""
 
 from __future__ import annotations
 

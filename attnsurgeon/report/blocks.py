@@ -15,7 +15,7 @@ WIDTH = 256
 
 
 def blocks_to_json() -> list[dict[str, Any]]:
-    """Return name, title, paper, formula, parameters at 256 channels, layouts, placements, options."""
+    """Return what each block is: paper, formula, parameters at 256 channels, options."""
     return [_describe(name) for name in blocks.names()]
 
 

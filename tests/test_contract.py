@@ -1,0 +1,180 @@
+"""The contract of every block at every placement in every host; a new one is tested by existing."""
+
+import copy
+
+import pytest
+import torch
+
+import attnsurgeon
+from attnsurgeon import blocks
+from attnsurgeon.errors import IdentityBroken, PlacementUnavailable
+from attnsurgeon.operation import certificate_of
+from attnsurgeon.plan import Plan, make_plan
+from attnsurgeon.sites import PLACEMENTS
+from attnsurgeon.store import load_model, save_model
+from attnsurgeon.surgery import apply_plan, attention_paths, cuts_of, is_new_key
+from attnsurgeon.verify import verify_unchanged
+from tests import hosts
+
+EXAMPLE = torch.zeros(1, 3, 64, 64)
+BATCHES = [hosts.image(2), hosts.image(3, (96, 64))]
+
+CASES = [
+    (name, block, placement)
+    for name in hosts.NAMES
+    for block in blocks.names()
+    for placement in blocks.get(block).placements
+]
+
+
+def open_gates(model, seed=0):
+    """Open every gate at a value of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for gate in attnsurgeon.gates(model).values():
+            gate.copy_(0.25 + 0.75 * torch.rand(1, generator=generator))
+
+
+@pytest.mark.parametrize(("name", "block", "placement"), CASES)
+def test_contract(name, block, placement, tmp_path):
+    host = hosts.host(name)
+    if not hosts.offers(name, block, placement):
+        with pytest.raises(PlacementUnavailable, match=r"3x3|placement"):
+            make_plan(host, hosts.sites(name), block, placement=placement)
+        return
+    before = {key: tensor.clone() for key, tensor in host.state_dict().items()}
+    operated = attnsurgeon.insert_attention(host, block, placement=placement, example=EXAMPLE)
+
+    # exact, in eval and train mode, and the given model untouched
+    verdict = verify_unchanged(host, operated, BATCHES)
+    assert verdict.exact, verdict.differences
+    assert not cuts_of(host)
+    assert host.state_dict().keys() == before.keys()
+    assert all(torch.equal(tensor, before[key]) for key, tensor in host.state_dict().items())
+    assert type(operated) is type(host)
+
+    # alive, as the insertion has shown (that it can fail: TestTheChecksHaveTeeth)
+    certificate = certificate_of(operated)
+    assert certificate.live == certificate.gates == len(attnsurgeon.gates(operated))
+    assert certificate.gates >= len(cuts_of(operated)) > 0
+
+    # keys are sacred, both ways
+    paths = attention_paths(operated)
+    fit = copy.deepcopy(operated).load_state_dict(before, strict=False)
+    assert fit.unexpected_keys == []
+    assert fit.missing_keys
+    assert all(is_new_key(key, paths) for key in fit.missing_keys)
+    state = operated.state_dict()
+    assert [key for key in state if not is_new_key(key, paths)] == list(before)
+    assert all(torch.equal(state[key], before[key]) for key in before)
+
+    # opened gates are noticed
+    opened = copy.deepcopy(operated)
+    open_gates(opened)
+    assert not verify_unchanged(host, opened, BATCHES[0]).exact
+
+    # saved and loaded, gates open, so that what is behind them counts
+    file = tmp_path / "operated.safetensors"
+    save_model(opened, file)
+    loaded = load_model(file)
+    assert verify_unchanged(opened, loaded, BATCHES).exact
+    assert loaded.state_dict().keys() == state.keys()
+
+    # reversible
+    bare = attnsurgeon.remove_attention(loaded)
+    assert list(bare.state_dict()) == list(before)
+    assert [type(m) for m in bare.modules()] == [type(m) for m in host.modules()]
+    assert verify_unchanged(host, bare, BATCHES).exact
+
+
+def test_the_cases_are_not_empty():
+    offered = [case for case in CASES if hosts.offers(*case)]
+    assert len(offered) >= len(CASES) - len(hosts.NAMES)
+    assert {placement for _, _, placement in offered} == set(PLACEMENTS)
+
+
+@pytest.mark.parametrize("placement", PLACEMENTS)
+@pytest.mark.parametrize("name", hosts.NAMES)
+def test_exported(name, placement, tmp_path):
+    """Export every block of a host at one placement in one network, in both formats."""
+    host = hosts.host(name)
+    able = [block for block in blocks.names() if hosts.offers(name, block, placement)]
+    if not able:
+        assert placement == "replace"
+        return
+    operated = mixture(host, hosts.sites(name), able, placement)
+    assert {cut.block for cut in cuts_of(operated)} == set(able)
+    for suffix in (".onnx", ".pt"):
+        artifact = attnsurgeon.export_model(operated, tmp_path / f"x{suffix}", example=EXAMPLE)
+        assert {check.gates for check in artifact.checks} == {"closed", "open"}
+        assert {check.batch for check in artifact.checks} == {1, 2, 5}
+        assert len({check.size for check in artifact.checks}) == 2
+        assert all(check.passed for check in artifact.checks)
+        assert artifact.dynamic
+
+
+def mixture(host, sites, able, placement):
+    """Put each block at sites of its own, in turn, so that one export covers them all."""
+    offering = [site for site in sites if placement in site.placements]
+    cuts = []
+    for i, block in enumerate(able):
+        paths = [site.path for site in offering[i :: len(able)]]
+        cuts += make_plan(host, sites, block, at=paths, placement=placement).cuts
+    operated = copy.deepcopy(host)
+    apply_plan(operated, Plan(tuple(cuts)))
+    return operated
+
+
+class TestTheChecksHaveTeeth:
+    """Each promise, broken on purpose, is noticed at insertion."""
+
+    def test_a_gate_that_starts_open(self, monkeypatch):
+        start = blocks.get("se").__init__
+
+        def leaky(self, *args, **options):
+            start(self, *args, **options)
+            self.gate.openness.data.fill_(1e-7)
+
+        monkeypatch.setattr(blocks.get("se"), "__init__", leaky)
+        with pytest.raises(IdentityBroken, match="not the same"):
+            attnsurgeon.insert_attention(hosts.host("resnet18"), "se", example=EXAMPLE)
+
+    def test_a_dead_gate(self, monkeypatch):
+        monkeypatch.setattr(blocks.get("se"), "forward", lambda self, x: x * 1)
+        with pytest.raises(IdentityBroken, match="cannot learn"):
+            attnsurgeon.insert_attention(hosts.host("resnet18"), "se", example=EXAMPLE)
+
+    def test_a_gate_without_effect_but_with_a_gradient(self, monkeypatch):
+        def forward(self, x):
+            return x + (self.gate.openness - self.gate.openness.detach())
+
+        monkeypatch.setattr(blocks.get("se"), "forward", forward)
+        with pytest.raises(IdentityBroken, match="cannot learn"):
+            attnsurgeon.insert_attention(hosts.host("resnet18"), "se", example=EXAMPLE)
+
+    def test_a_running_statistic_that_moves(self, monkeypatch):
+        host = copy.deepcopy(hosts.host("resnet18"))
+        mean = host.bn1.running_mean
+
+        class Meddling(blocks.get("se")):
+            def forward(self, x):
+                if self.training:
+                    self.mean.add_(1.0)
+                return super().forward(x)
+
+        operated = attnsurgeon.insert_attention(host, "se", at="layer1.0", example=EXAMPLE)
+        attention = operated.layer1[0].attention_post
+        attention.__class__ = Meddling
+        object.__setattr__(attention, "mean", operated.bn1.running_mean)
+        verdict = verify_unchanged(host, operated, BATCHES)
+        assert not verdict.exact
+        assert all("train" in text for text in verdict.differences)
+        assert any("bn1.running_mean" in text for text in verdict.differences)
+        assert torch.equal(mean, host.bn1.running_mean)
+
+    def test_a_branch_that_is_all_zero(self):
+        host = copy.deepcopy(hosts.host("resnet18"))
+        torch.nn.init.zeros_(host.layer1[0].bn2.weight)
+        torch.nn.init.zeros_(host.layer1[0].bn2.bias)
+        with pytest.raises(IdentityBroken, match="layer1.0.attention_standard"):
+            attnsurgeon.insert_attention(host, "se", placement="standard", example=EXAMPLE)
