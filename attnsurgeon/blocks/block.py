@@ -28,7 +28,7 @@ class Place:
 
 
 class AttentionBlock(nn.Module):
-    """Base of all blocks: (N, C, H, W) -> the same shape, exactly its input while its gates are 0."""
+    """Base of all blocks: (N, C, H, W) -> the same shape, exactly its input while gates are 0."""
 
     title: ClassVar[str]
     paper: ClassVar[str]

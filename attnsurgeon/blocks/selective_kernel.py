@@ -36,8 +36,8 @@ class VectorNorm(nn.BatchNorm2d):
         if self.training:
             torch._assert(  # unlike `raise`, this can be traced symbolically
                 x.shape[0] > 1,
-                "a selective-kernel block cannot train on a batch of 1: its squeezed vector has one "
-                "value per channel to norm; use a larger batch, or insert it with norm=layer",
+                "a selective-kernel block cannot train on a batch of 1: its squeezed vector has "
+                "one value per channel to norm; use a larger batch, or insert it with norm=layer",
             )
             self.num_batches_tracked.add_(1)
         return F.batch_norm(  # TorchScript knows no super().forward
@@ -131,7 +131,7 @@ class SelectiveKernel(AttentionBlock):
 
     @classmethod
     def build(cls, place: Place, **options: Any) -> SelectiveKernel:
-        """Construct the block for a place; the new branches take the replaced convolution's shape."""
+        """Construct the block for a place; its new branches are shaped like the replaced one."""
         return cls(
             place.channels,
             in_channels=place.in_channels,

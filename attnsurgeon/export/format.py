@@ -15,7 +15,11 @@ from attnsurgeon.errors import UnknownName
 from attnsurgeon.registry import Registry
 
 Runner = Callable[[tuple[Tensor, ...]], list[Tensor]]
-"""Runs a written file: inputs -> the leaves of its outputs, on the CPU."""
+"""Runs a written file: inputs -> the leaves of its outputs, on the CPU; may raise RunFailed."""
+
+
+class RunFailed(Exception):
+    """A written file loads but does not run on an input that the model runs on."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from attnsurgeon.borrow import borrowed_modes
 from attnsurgeon.errors import BadFile, BadOption, ExportRefused, MissingPackage
-from attnsurgeon.export.format import Draft, Format, Runner, Settings, register
+from attnsurgeon.export.format import Draft, Format, RunFailed, Runner, Settings, register
 from attnsurgeon.gate import named_gates
 
 OLDEST_OPSET = 18
@@ -148,7 +148,10 @@ class Onnx(Format):
             feed = {
                 name: part.detach().cpu().numpy() for name, part in zip(names, inputs, strict=True)
             }
-            return [torch.from_numpy(array) for array in session.run(None, feed)]
+            try:
+                return [torch.from_numpy(array) for array in session.run(None, feed)]
+            except (state.Fail, state.InvalidArgument, state.RuntimeException) as error:
+                raise RunFailed(_first_line(error)) from error
 
         return run
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from attnsurgeon.errors import BadFile, ExportRefused
 from attnsurgeon.export.format import (
     Draft,
     Format,
+    RunFailed,
     Runner,
     Settings,
     leaves_on_cpu,
@@ -110,18 +112,36 @@ class TorchScript(Format):
         Raises:
             BadFile: it is not TorchScript.
         """
-        try:
-            with _quiet():
-                module = torch.jit.load(path, map_location="cpu").eval()
-        except RuntimeError as error:
-            first = str(error).strip().splitlines()[0]
-            raise BadFile(f"{str(path)!r} is no TorchScript file: {first}") from error
+        module = load_torchscript(path)[0]
 
         def run(inputs: tuple[Tensor, ...]) -> list[Tensor]:
             with _quiet(), torch.no_grad():
-                return leaves_on_cpu(module(*(part.cpu() for part in inputs)))
+                try:
+                    return leaves_on_cpu(module(*(part.cpu() for part in inputs)))
+                except RuntimeError as error:
+                    raise RunFailed(str(error).strip().splitlines()[-1]) from error
 
         return run
+
+
+def load_torchscript(
+    path: Path, notes: Iterable[str] = ()
+) -> tuple[torch.jit.ScriptModule, dict[str, str]]:
+    """Load a file on the CPU in eval mode, and the metadata of these names ("" where it has none).
+
+    Raises:
+        BadFile: it is not TorchScript.
+    """
+    found: dict[str, Any] = dict.fromkeys(notes, "")
+    load: Any = torch.jit.load
+    try:
+        with _quiet():
+            module = load(path, map_location="cpu", _extra_files=found).eval()
+    except RuntimeError as error:
+        first = str(error).strip().splitlines()[0]
+        raise BadFile(f"{str(path)!r} is no TorchScript file: {first}") from error
+    texts = {name: v.decode() if isinstance(v, bytes) else v for name, v in found.items()}
+    return module, texts
 
 
 def _trace_checked(
