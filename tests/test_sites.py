@@ -1,0 +1,317 @@
+"""Sites are observed: in networks nobody listed, with everything lent given back."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import attnsurgeon
+from attnsurgeon.errors import (
+    HostUnusable,
+    NoSites,
+    PatternUnmatched,
+    PlacementUnavailable,
+    UnknownName,
+)
+from attnsurgeon.plan import make_plan, select_sites
+from attnsurgeon.sites import find_sites
+from tests import hosts
+
+EXAMPLE = torch.zeros(1, 3, 32, 32)
+
+
+class OwnBlock(nn.Module):
+    """A pre-activation block with names nobody knows, functional activations, scaled residual."""
+
+    def __init__(self, width, stride=1):
+        super().__init__()
+        self.n1, self.n2 = nn.BatchNorm2d(width), nn.GroupNorm(4, 2 * width)
+        self.spread = nn.Conv2d(width, 2 * width, 3, stride, 1)
+        self.narrow = nn.Conv2d(2 * width, 2 * width if stride > 1 else width, 1)
+        self.short = nn.Conv2d(width, 2 * width, 1, stride) if stride > 1 else None
+
+    def forward(self, features):
+        inner = torch.relu(self.n1(features))
+        inner = torch.nn.functional.gelu(self.n2(self.spread(inner)))
+        skip = features if self.short is None else self.short(features)
+        return skip + 0.5 * self.narrow(inner)
+
+
+class OwnNet(nn.Module):
+    def __init__(self, channels=3, block=OwnBlock):
+        super().__init__()
+        self.stem = nn.Conv2d(channels, 8, 3, padding=1)
+        self.trunk = nn.Sequential(block(8), block(8, 2), block(16))
+        self.head = nn.Linear(16, 5)
+
+    def forward(self, x):
+        return self.head(self.trunk(self.stem(x)).mean((2, 3)))
+
+
+class Opaque(OwnBlock):
+    """A block whose forward cannot be traced: it looks at numbers."""
+
+    def forward(self, features):
+        if features.shape[0] > 0 and float(features.shape[1]) == len(self.n1.weight):
+            pass
+        return super().forward(features)
+
+
+class TwoFaced(OwnBlock):
+    """A block that computes something else in training."""
+
+    def forward(self, features):
+        out = super().forward(features)
+        return torch.dropout(out, 0.5, self.training)
+
+
+def test_own_network():
+    torch.manual_seed(0)
+    sites = find_sites(OwnNet(), EXAMPLE)
+    assert [(s.path, s.channels, s.shape, s.stage) for s in sites] == [
+        ("trunk.0", 8, (1, 8, 32, 32), 1),
+        ("trunk.1", 16, (1, 16, 16, 16), 2),
+        ("trunk.2", 16, (1, 16, 16, 16), 2),
+    ]
+    assert {s.kind for s in sites} == {"residual"}
+    assert {s.layout for s in sites} == {"NCHW"}
+    assert all(len(s.placements) == 6 for s in sites)
+    narrow = sites[1].spots["replace"]
+    assert (narrow.place.channels, narrow.place.in_channels, narrow.place.stride) == (16, 8, (2, 2))
+
+
+@pytest.mark.parametrize("placement", ["post", "standard", "pre", "identity", "conv", "replace"])
+def test_own_network_is_operated_on_exactly(placement):
+    torch.manual_seed(0)
+    host = OwnNet().eval()
+    block = "sk" if placement == "replace" else "gc"
+    operated = attnsurgeon.insert_attention(host, block, placement=placement, example=EXAMPLE)
+    image = torch.randn(2, 3, 32, 32)
+    assert torch.equal(operated(image), host(image))
+    for gate in attnsurgeon.gates(operated).values():
+        gate.data.fill_(0.7)
+    assert not torch.equal(operated(image), host(image))
+    assert isinstance(operated.trunk[0], OwnBlock)
+
+
+def placed(operated, image, path="trunk.0"):
+    """Return what the attention at a block read, and what the block's own children returned."""
+    seen = {}
+
+    def remember(name):
+        def hook(module, args, out):
+            seen[name] = (args, out)
+
+        return hook
+
+    for name, module in operated.get_submodule(path).named_modules():
+        module.register_forward_hook(remember(name))
+    with torch.no_grad():
+        operated(image)
+    return seen
+
+
+def test_each_placement_reads_what_its_name_says():
+    torch.manual_seed(0)
+    host = OwnNet().eval()
+    image = torch.randn(2, 3, 32, 32)
+
+    def at(placement):
+        block = "sk" if placement == "replace" else "se"
+        operated = attnsurgeon.insert_attention(host, block, placement=placement, example=EXAMPLE)
+        seen = placed(operated, image)
+        block_in, block_out = seen[""][0][0], seen[""][1]
+        return seen[f"attention_{placement}"][0], seen, block_in, block_out
+
+    reads, seen, entry, out = at("post")
+    assert torch.equal(reads[0], out)
+    reads, seen, entry, out = at("standard")
+    assert torch.equal(reads[0], 0.5 * seen["narrow"][1])
+    reads, seen, entry, out = at("pre")
+    assert torch.equal(reads[0], entry)
+    assert torch.equal(seen["n1"][0][0], entry)
+    reads, seen, entry, out = at("identity")
+    assert torch.equal(reads[0], entry)
+    reads, seen, entry, out = at("conv")
+    assert torch.equal(reads[0], seen["narrow"][0][0])
+    reads, seen, entry, out = at("replace")
+    assert torch.equal(reads[0], seen["spread"][0][0])
+    assert torch.equal(reads[1], seen["narrow"][0][0])
+
+
+def test_placements_scale_what_they_should():
+    """Opened gates: `pre` leaves the shortcut alone, `identity` leaves the branch alone."""
+    torch.manual_seed(0)
+    host = OwnNet().eval()
+    image = torch.randn(2, 3, 32, 32)
+    for placement in ("pre", "identity"):
+        operated = attnsurgeon.insert_attention(
+            host, "se", placement=placement, at="trunk.0", example=EXAMPLE
+        )
+        next(iter(attnsurgeon.gates(operated).values())).data.fill_(1.0)
+        plain, seen = placed(host, image), placed(operated, image)
+        entry, scaled = seen[""][0][0], seen[f"attention_{placement}"][1]
+        branch = 0.5 * seen["narrow"][1]
+        if placement == "pre":
+            assert torch.equal(seen["n1"][0][0], scaled)
+            assert torch.equal(seen[""][1], entry + branch)
+        else:
+            assert torch.equal(seen["narrow"][1], plain["narrow"][1])
+            assert torch.equal(seen[""][1], scaled + branch)
+
+
+def test_a_forward_that_cannot_be_traced_still_takes_post():
+    torch.manual_seed(0)
+    host = OwnNet(block=Opaque).eval()
+    sites = find_sites(host, EXAMPLE)
+    assert {s.placements for s in sites} == {("post",)}
+    assert all("cannot be traced" in s.refused["standard"] for s in sites)
+    operated = attnsurgeon.insert_attention(host, "cbam", example=EXAMPLE)
+    image = torch.randn(2, 3, 32, 32)
+    assert torch.equal(copy.deepcopy(operated)(image), host(image))
+    with pytest.raises(PlacementUnavailable, match="cannot be traced"):
+        attnsurgeon.insert_attention(host, "se", placement="standard", example=EXAMPLE)
+
+
+def test_a_forward_that_differs_in_training_is_refused_inside():
+    sites = find_sites(OwnNet(block=TwoFaced), EXAMPLE)
+    assert {s.placements for s in sites} == {("post",)}
+    assert all("train and eval" in s.refused["conv"] for s in sites)
+
+
+def test_everything_lent_is_given_back():
+    host = OwnNet().train()
+    host.trunk[1].eval()
+    host.trunk[0].n1.register_forward_hook(lambda *args: None)
+    before = {
+        "modes": [m.training for m in host.modules()],
+        "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in host.modules()],
+        "state": {k: t.clone() for k, t in host.state_dict().items()},
+        "ids": [id(p) for p in host.parameters()],
+        "types": [type(m) for m in host.modules()],
+        "random": torch.get_rng_state(),
+    }
+    attnsurgeon.insert_attention(host, "sk", example=EXAMPLE)
+    with pytest.raises(HostUnusable):
+        find_sites(host, torch.zeros(1, 4, 8, 8))
+    assert before["modes"] == [m.training for m in host.modules()]
+    assert before["hooks"] == [
+        len(m._forward_hooks) + len(m._forward_pre_hooks) for m in host.modules()
+    ]
+    assert all(torch.equal(t, before["state"][k]) for k, t in host.state_dict().items())
+    assert before["ids"] == [id(p) for p in host.parameters()]
+    assert before["types"] == [type(m) for m in host.modules()]
+    assert torch.equal(before["random"], torch.get_rng_state())
+    assert all(p.grad is None for p in host.parameters())
+
+
+def test_channels_come_from_the_network():
+    assert find_sites(OwnNet(channels=1))[0].shape == (1, 8, 224, 224)
+
+
+@pytest.mark.parametrize("name", hosts.NAMES)
+def test_an_operated_network_shows_its_hosts_sites(name):
+    host = hosts.host(name)
+    operated = attnsurgeon.insert_attention(host, "se", every=3, example=torch.zeros(1, 3, 64, 64))
+    again = find_sites(operated, torch.zeros(1, 3, 64, 64))
+    assert again == list(hosts.sites(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "stages"),
+    [
+        ("resnet18", 8, 4),
+        ("resnet50", 16, 4),
+        ("resnext50_32x4d", 16, 4),
+        ("regnet_x_400mf", 22, 4),
+        ("mobilenet_v2", 10, 4),
+        ("efficientnet_b0", 9, 4),
+        ("convnext_tiny", 18, 4),
+    ],
+)
+def test_known_networks(name, count, stages):
+    sites = hosts.sites(name)
+    assert len(sites) == count
+    assert sites[-1].stage == stages
+    assert [s.stage for s in sites] == sorted(s.stage for s in sites)
+
+
+def test_every_residual_addition_of_torchvisions_class_is_a_site():
+    model = hosts.host("resnet50")
+    blocks = [n for n, m in model.named_modules() if type(m).__name__ == "Bottleneck"]
+    assert [site.path for site in hosts.sites("resnet50")] == blocks
+
+
+def test_other_layouts_are_shown_and_refused():
+    from attnsurgeon.host import load_host
+
+    vit = load_host("vit_b_16", weights="none")
+    sites = find_sites(vit)
+    assert {s.layout for s in sites} == {"NLC"}
+    assert {s.blocks for s in sites} == {()}
+    with pytest.raises(PlacementUnavailable, match="NLC"):
+        make_plan(vit, sites, "se")
+
+
+class TestChoosing:
+    SITES = hosts.sites("resnet18")
+
+    def paths(self, **how):
+        return [site.path for site in select_sites(self.SITES, **how)]
+
+    def test_patterns(self):
+        assert self.paths(at="layer3.*") == ["layer3.0", "layer3.1"]
+        assert self.paths(at=["layer1.0", "layer4.*"]) == ["layer1.0", "layer4.0", "layer4.1"]
+        assert self.paths(at="layer[12].*", exclude="*.0") == ["layer1.1", "layer2.1"]
+
+    def test_stages_and_steps(self):
+        assert self.paths(stages=[2, 4]) == ["layer2.0", "layer2.1", "layer4.0", "layer4.1"]
+        assert self.paths(every=3) == ["layer1.0", "layer2.1", "layer4.0"]
+        assert self.paths(stages=[3], every=2) == ["layer3.0"]
+
+    @pytest.mark.parametrize(
+        ("how", "error", "text"),
+        [
+            ({"at": "layer5.*"}, PatternUnmatched, "did you mean 'layer"),
+            ({"at": ["layer1.*", "layr2.0"]}, PatternUnmatched, "did you mean 'layer2.0'"),
+            ({"exclude": "head.*"}, PatternUnmatched, "'head.*' matches none of the 8 sites"),
+            ({"stages": [5]}, PatternUnmatched, "the stages are 1 to 4"),
+            ({"at": "layer1.*", "exclude": "layer1.*"}, NoSites, "no site is left"),
+            ({"at": "layer1.*", "stages": [2]}, NoSites, "no site is left"),
+        ],
+    )
+    def test_what_selects_nothing_is_refused(self, how, error, text):
+        with pytest.raises(error) as caught:
+            self.paths(**how)
+        assert text in str(caught.value)
+
+    def test_sites_without_the_placement_are_skipped_with_the_reason(self):
+        host, sites = hosts.host("efficientnet_b0"), hosts.sites("efficientnet_b0")
+        plan = make_plan(host, sites, "sk", placement="replace")
+        assert len(plan.cuts) + len(plan.skipped) == len(sites)
+        assert all("5x5, not 3x3" in reason for reason in plan.skipped.values())
+        named = next(iter(plan.skipped))
+        with pytest.raises(PlacementUnavailable, match="5x5, not 3x3"):
+            make_plan(host, sites, "sk", placement="replace", at=named)
+
+    def test_unknown_placement(self):
+        with pytest.raises(UnknownName, match="did you mean 'standard'"):
+            make_plan(hosts.host("resnet18"), self.SITES, "se", placement="standrad")
+
+
+class TestUnusable:
+    def test_no_residual_block(self):
+        plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
+        with pytest.raises(NoSites, match="no residual block"):
+            find_sites(plain)
+
+    def test_wrong_input(self):
+        with pytest.raises(HostUnusable, match=r"\(1, 4, 32, 32\)"):
+            find_sites(OwnNet(), torch.zeros(1, 4, 32, 32))
+
+    def test_wrapped(self):
+        with pytest.raises(HostUnusable, match="model.module"):
+            find_sites(nn.DataParallel(OwnNet()))
+        with pytest.raises(HostUnusable, match="model._orig_mod"):
+            find_sites(torch.compile(OwnNet(), backend="eager"))
