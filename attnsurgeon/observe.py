@@ -74,7 +74,7 @@ class _Watch(TorchDispatchMode):
     """Record operations under the module that runs them."""
 
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # not annotated in torch
         self.model = model
         self.seen = Observation()
         self.stack: list[tuple[str, nn.Module]] = []

@@ -7,6 +7,7 @@ Run it from the repository's root, in an environment where attnsurgeon is instal
 
 from __future__ import annotations
 
+import io
 import os
 import subprocess
 import sys
@@ -42,14 +43,16 @@ def run(command: str, folder: Path) -> str:
 def main() -> None:
     """Run the commands in a folder of their own and write the picture."""
     target = Path(__file__).with_name("terminal.svg")
-    console = Console(record=True, width=WIDTH, file=Path(os.devnull).open("w"), force_terminal=True)
+    console = Console(record=True, width=WIDTH, file=io.StringIO(), force_terminal=True)
     with tempfile.TemporaryDirectory() as folder:
         for command in COMMANDS:
             console.print(Text.assemble(("$ ", "bold green"), (command, "bold")))
             console.print(Text.from_ansi(run(command, Path(folder))))
             console.print()
     svg = console.export_svg(title="attnsurgeon")
-    target.write_text("\n".join(line.rstrip() for line in svg.splitlines()) + "\n", encoding="utf-8")
+    target.write_text(
+        "\n".join(line.rstrip() for line in svg.splitlines()) + "\n", encoding="utf-8"
+    )
     print(f"wrote {target}")  # noqa: T201
 
 

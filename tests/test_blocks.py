@@ -36,8 +36,11 @@ def published_se(block, x):
     """Equations 2 to 4 of arXiv:1709.01507, with matrix products."""
     z = x.mean((2, 3))
     w1, w2 = block.squeeze, block.excite
-    s = torch.sigmoid(F.linear(F.relu(F.linear(z, w1.weight[:, :, 0, 0], w1.bias)),
-                               w2.weight[:, :, 0, 0], w2.bias))
+    s = torch.sigmoid(
+        F.linear(
+            F.relu(F.linear(z, w1.weight[:, :, 0, 0], w1.bias)), w2.weight[:, :, 0, 0], w2.bias
+        )
+    )
     return x * s[:, :, None, None]
 
 
@@ -130,7 +133,9 @@ class TestPublished:
         block, x = build(name, reduction=2).train(), features().requires_grad_()
         block(x).square().sum().backward()
         gates = {id(gate) for gate in named_gates(block).values()}
-        assert all(p.grad is not None and p.grad.any() for p in block.parameters() if id(p) in gates)
+        assert all(
+            p.grad is not None and p.grad.any() for p in block.parameters() if id(p) in gates
+        )
         torch.optim.SGD(block.parameters(), 1e-3).step()
         block.zero_grad()
         block(x).square().sum().backward()

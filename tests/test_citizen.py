@@ -191,8 +191,11 @@ def test_training_moves_every_new_parameter(image):
         nn.functional.cross_entropy(operated(image), torch.tensor([1, 2])).backward()
         optimizer.step()
     paths = attention_paths(operated)
-    still = [n for n, p in operated.named_parameters() if is_new_key(n, paths)
-             and torch.equal(p, start[n])]
+    still = [
+        n
+        for n, p in operated.named_parameters()
+        if is_new_key(n, paths) and torch.equal(p, start[n])
+    ]
     # A constant added to all logits of a softmax changes nothing.
     assert [name for name in still if not name.endswith("pool.mask.bias")] == []
 

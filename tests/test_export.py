@@ -58,7 +58,14 @@ def test_artifact_json(operated, tmp_path):
     assert data.keys() == {"output", "format", "bytes", "opset", "dynamic", "checks"}
     assert [check["gates"] for check in data["checks"]] == ["closed"] * 3 + ["open"] * 3
     assert data["checks"][0].keys() == {
-        "gates", "batch", "size", "max_abs", "max_rel", "cosine", "top1_agreement", "passed",
+        "gates",
+        "batch",
+        "size",
+        "max_abs",
+        "max_rel",
+        "cosine",
+        "top1_agreement",
+        "passed",
     }
     json.dumps(data, allow_nan=False)
 
@@ -196,9 +203,7 @@ class TestWrongAnswersAreCaught:
         ("suffix", "draft"),
         [(".onnx", onnx_format._OnnxDraft), (".pt", torchscript._ScriptDraft)],
     )
-    def test_a_gate_wired_to_the_wrong_block(
-        self, operated, tmp_path, monkeypatch, suffix, draft
-    ):
+    def test_a_gate_wired_to_the_wrong_block(self, operated, tmp_path, monkeypatch, suffix, draft):
         Planted.gates(monkeypatch, draft)
         assert "gates open" in refused(operated, tmp_path / f"x{suffix}")
 

@@ -30,7 +30,8 @@ class ChannelPool(nn.Module):
         if self.kind == "max":
             return x.amax((2, 3), keepdim=True)
         if self.kind == "lp":
-            return torch.linalg.vector_norm(x, 2.0, dim=(2, 3), keepdim=True)
+            norm: Tensor = torch.linalg.vector_norm(x, 2.0, dim=(2, 3), keepdim=True)
+            return norm
         return torch.logsumexp(x, (2, 3), keepdim=True)
 
 
@@ -88,7 +89,8 @@ class GatedSpatial(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x times its mixed spatial map."""
-        return x * self.gate(self.map(x), x)
+        mixed: Tensor = self.gate(self.map(x), x)
+        return x * mixed
 
 
 @blocks.register("cbam")

@@ -57,7 +57,8 @@ class MultiplyContext(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Return x times the mixed map of its context."""
-        return x * self.gate(torch.sigmoid(self.transform(context)), x)
+        mixed: Tensor = self.gate(torch.sigmoid(self.transform(context)), x)
+        return x * mixed
 
 
 class AddContext(nn.Module):

@@ -39,7 +39,7 @@ class VectorNorm(nn.BatchNorm2d):
                 "a selective-kernel block cannot train on a batch of 1: its squeezed vector has "
                 "one value per channel to norm; use a larger batch, or insert it with norm=layer",
             )
-            self.num_batches_tracked.add_(1)
+            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
         return F.batch_norm(  # TorchScript knows no super().forward
             x,
             self.running_mean,
@@ -157,7 +157,7 @@ class SelectiveKernel(AttentionBlock):
         hidden = torch.relu(self.norm(self.squeeze(squeezed.to(host.dtype))))
         logits = self.select(hidden).unflatten(1, (self.branches, -1))  # (N, M, C, 1, 1)
         attention = torch.softmax(logits, 1)
-        out = host * self.gate(attention[:, 0], host)
+        out: Tensor = host * self.gate(attention[:, 0], host)
         for i, branch in enumerate(maps[1:]):
             out = out + branch * self.gate.admit(attention[:, i + 1], branch)
         return out

@@ -63,4 +63,5 @@ class SqueezeExcitation(AttentionBlock):
         """Return x times its mixed channel map."""
         squeezed = x.mean((2, 3), keepdim=True)
         attention = self.scale(self.excite(self.activation(self.squeeze(squeezed))))
-        return x * self.gate(attention, x)
+        mixed: Tensor = self.gate(attention, x)
+        return x * mixed

@@ -36,7 +36,7 @@ def _quiet() -> Iterator[None]:
     """Keep torch.jit from repeating what NOTICE says once, and the tracer from doubting shapes."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", r"`torch\.jit\..*deprecated")
-        warnings.simplefilter("ignore", torch.jit.TracerWarning)
+        warnings.filterwarnings("ignore", category=torch.jit.TracerWarning)  # type: ignore[attr-defined]
         yield
 
 
