@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -50,6 +51,7 @@ def main() -> None:
             console.print(Text.from_ansi(run(command, Path(folder))))
             console.print()
     svg = console.export_svg(title="attnsurgeon")
+    svg = re.sub(r"@font-face \{.*?\}", "", svg, flags=re.DOTALL)  # nothing to be fetched
     target.write_text(
         "\n".join(line.rstrip() for line in svg.splitlines()) + "\n", encoding="utf-8"
     )

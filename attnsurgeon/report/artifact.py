@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from attnsurgeon.export import Artifact
+from attnsurgeon.report.table import new_table
 
 
 def show_artifact(artifact: Artifact) -> RenderableType:
     """Return every comparison with the model, and what was written."""
-    table = Table(title=f"{artifact.output} against the model, from disk", title_justify="left")
+    table = new_table(f"{artifact.output} against the model, from disk")
     for heading in ("gates", "batch", "size"):
         table.add_column(heading)
     for heading in ("max abs", "max rel", "cosine", "top-1 same", ""):

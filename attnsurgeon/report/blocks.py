@@ -6,9 +6,9 @@ import inspect
 from typing import Any
 
 from rich.console import RenderableType
-from rich.table import Table
 
 from attnsurgeon import blocks
+from attnsurgeon.report.table import new_table
 
 WIDTH = 256
 """Channels at which the parameters of a block are shown."""
@@ -40,7 +40,7 @@ def _describe(name: str) -> dict[str, Any]:
 
 def show_blocks() -> RenderableType:
     """Return one row per block."""
-    table = Table(title=f"attention blocks, parameters at C = {WIDTH}", title_justify="left")
+    table = new_table(f"attention blocks, parameters at C = {WIDTH}")
     for heading in ("block", "paper", "parameters", "placements", "options"):
         table.add_column(heading, justify="right" if heading == "parameters" else "left")
     for entry in blocks_to_json():

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from attnsurgeon.demo import Demo
 from attnsurgeon.report.insertion import show_insertion
 from attnsurgeon.report.speed import show_report
+from attnsurgeon.report.table import new_table
 
 _NAMES = {"before": "digits, untouched", "after": "with attention, gates closed"}
 
 
 def show_demo(done: Demo) -> RenderableType:
     """Return the insertion, the accuracies, the cost and the files."""
-    table = Table(title=f"read right of {done.images} held-out digits", title_justify="left")
+    table = new_table(f"read right of {done.images} held-out digits")
     table.add_column("network")
     table.add_column("accuracy", justify="right")
     for name, accuracy in done.accuracy.items():

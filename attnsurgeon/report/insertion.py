@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from attnsurgeon.job import Insertion
+from attnsurgeon.report.table import new_table
 
 
 def show_insertion(done: Insertion) -> RenderableType:
     """Return the sites with what each costs, and what was promised and held."""
-    table = Table(title=f"{done.block} in {done.model}, {done.placement}", title_justify="left")
+    table = new_table(f"{done.block} in {done.model}, {done.placement}")
     table.add_column("site")
     for heading in ("channels", "feature size", "parameters", "multiply-adds"):
         table.add_column(heading, justify="right")

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import RenderableType
-from rich.table import Table
 from torchvision.models import get_model_weights
 
 from attnsurgeon import digits
 from attnsurgeon.errors import PatternUnmatched, nearest
 from attnsurgeon.host import DIGITS, host_names
+from attnsurgeon.report.table import new_table
 
 
 def models_to_json(pattern: str) -> list[dict[str, Any]]:
@@ -55,7 +55,7 @@ def _describe(name: str) -> dict[str, Any]:
 
 def show_models(entries: Sequence[dict[str, Any]]) -> RenderableType:
     """Return one row per host."""
-    table = Table(title=f"{len(entries)} models", title_justify="left")
+    table = new_table(f"{len(entries)} models")
     table.add_column("model")
     table.add_column("parameters", justify="right")
     table.add_column("input", justify="right")

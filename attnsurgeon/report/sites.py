@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
+from attnsurgeon.report.table import new_table
 from attnsurgeon.sites import PLACEMENTS, Site
 
 
@@ -29,7 +29,7 @@ def site_to_json(site: Site) -> dict[str, Any]:
 
 def show_sites(model: str, sites: Sequence[Site]) -> RenderableType:
     """Return a table of sites, and below it why some lack a placement."""
-    table = Table(title=f"{len(sites)} sites in {model}", title_justify="left")
+    table = new_table(f"{len(sites)} sites in {model}")
     table.add_column("stage", justify="right")
     table.add_column("site")
     table.add_column("layout")

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from rich.console import Group, RenderableType
-from rich.table import Table
 from rich.text import Text
 
 from attnsurgeon.bench import Report
+from attnsurgeon.report.table import new_table
 
 
 def show_report(report: Report) -> RenderableType:
     """Return the runs and the comparisons."""
-    runs = Table(title="time per run, gates open", title_justify="left")
+    runs = new_table("time per run, gates open")
     for heading in ("target", "engine", "device"):
         runs.add_column(heading)
     for heading in ("batch", "median ms", "p5", "p95", "parameters", "multiply-adds", "MiB"):
