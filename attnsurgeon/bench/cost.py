@@ -1,0 +1,146 @@
+"""What a target costs on paper, and the shapes it returns, before anything is timed."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils.flop_counter import FlopCounterMode
+
+from attnsurgeon.bench.exported import first_line, is_of_onnxruntime, session_for
+from attnsurgeon.bench.targets import Inputs, Target, cast_inputs
+from attnsurgeon.errors import BadOption, HostUnusable
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one target costs, whatever runs it.
+
+    Attributes:
+        parameters: gates included; None for an .onnx file, whose constants are not told apart.
+        macs: multiply-adds for one image of the compared size; None for an .onnx file.
+        file_bytes: of the target's file, with the data beside it; None where there is none.
+        outputs: shapes of what it returns for the inputs it was tried on.
+    """
+
+    parameters: int | None
+    macs: int | None
+    file_bytes: int | None
+    outputs: tuple[Shape, ...]
+
+
+def count_cost(target: Target, inputs: Inputs) -> Cost:
+    """Try a target once on inputs, without arithmetic where possible, and count.
+
+    Raises:
+        BadOption: an .onnx file fixes an axis at another size.
+        HostUnusable: the target does not run on such inputs.
+    """
+    own = cast_inputs(inputs, target)
+    check_axes(target, own)
+    try:
+        if target.model is None:
+            return Cost(None, None, _bytes_of(target.file), _run_onnx(target, own))
+        outputs, macs = _count(target.model, own)
+    except Exception as error:
+        if target.model is None and not is_of_onnxruntime(error):
+            raise
+        shapes = [tuple(part.shape) for part in own if isinstance(part, Tensor)]
+        raise HostUnusable(
+            f"{target.name} does not run on inputs of shape {shapes}: {first_line(error)}; "
+            "give another --input-size"
+        ) from error
+    batch = next((part.shape[0] for part in own if isinstance(part, Tensor)), 1)
+    parameters = sum(parameter.numel() for parameter in target.model.parameters())
+    return Cost(parameters, macs // batch, _bytes_of(target.file), outputs)
+
+
+def check_axes(target: Target, inputs: Inputs) -> None:
+    """Refuse a shape that an .onnx file cannot take.
+
+    Raises:
+        BadOption: an axis is fixed at another size.
+    """
+    for part, fixed in zip(inputs, target.fixed, strict=False):
+        if any(own not in (None, size) for own, size in zip(fixed, part.shape, strict=False)):
+            takes = "x".join("N" if axis is None else str(axis) for axis in fixed)
+            given = "x".join(str(axis) for axis in part.shape)
+            raise BadOption(
+                f"{target.name} takes inputs of {takes} only, not {given}; give --batch and "
+                "--input-size that fit, or export it without --static"
+            )
+
+
+def _count(model: nn.Module, inputs: Inputs) -> tuple[tuple[Shape, ...], int]:
+    if not isinstance(model, torch.jit.ScriptModule):
+        state = {
+            name: torch.empty_like(tensor, device="meta")
+            for name, tensor in (*model.named_parameters(), *model.named_buffers())
+        }
+        shapes = tree_map_only(Tensor, lambda part: torch.empty_like(part, device="meta"), inputs)
+        try:
+            return _counted(lambda: torch.func.functional_call(model, state, shapes))
+        except Exception:  # whatever cannot be done on meta tensors is tried for real
+            pass
+    return _counted(lambda: model(*inputs))
+
+
+def _counted(call: Any) -> tuple[tuple[Shape, ...], int]:
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), warnings.catch_warnings(), counter:
+        warnings.simplefilter("ignore")  # a network's own warnings belong to its own runs
+        output = call()
+    leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    return tuple(tuple(leaf.shape) for leaf in leaves), int(counter.get_total_flops()) // 2
+
+
+def _run_onnx(target: Target, inputs: Inputs) -> tuple[Shape, ...]:
+    assert target.file is not None  # a target without a module is a file
+    session = session_for(target.file, is_optimised=False)
+    names = [node.name for node in session.get_inputs()]
+    feed = {name: part.numpy() for name, part in zip(names, inputs, strict=True)}
+    return tuple(tuple(array.shape) for array in session.run(None, feed))
+
+
+def _bytes_of(file: Path | None) -> int | None:
+    if file is None:
+        return None
+    size = file.stat().st_size
+    if file.suffix.lower() == ".onnx":
+        import onnx
+
+        graph = onnx.load(str(file), load_external_data=False).graph
+        beside = {
+            entry.value
+            for tensor in graph.initializer
+            for entry in tensor.external_data
+            if entry.key == "location"
+        }
+        size += sum((file.parent / name).stat().st_size for name in beside)
+    return size
+
+
+def check_comparable(targets: Sequence[Target], costs: Sequence[Cost]) -> None:
+    """Refuse targets that return something else than the first.
+
+    Raises:
+        BadOption: other shapes, such as another number of classes.
+    """
+    for target, cost in zip(targets, costs, strict=True):
+        if cost.outputs != costs[0].outputs:
+            raise BadOption(
+                f"{target.name} returns {_list(cost.outputs)}, {targets[0].name} returns "
+                f"{_list(costs[0].outputs)}: they cannot be compared"
+            )
+
+
+def _list(shapes: tuple[Shape, ...]) -> str:
+    return " and ".join("x".join(map(str, shape)) for shape in shapes) or "no tensor"

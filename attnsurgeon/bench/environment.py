@@ -1,0 +1,93 @@
+"""Where a comparison ran: machine, versions, threads, device, and what the reader must know."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from attnsurgeon.bench.targets import GATES, Target
+from attnsurgeon.errors import BadOption, EngineUnavailable
+
+PACKAGES = ("attnsurgeon", "torch", "torchvision", "onnxruntime", "numpy")
+
+
+def find_device(text: str) -> torch.device:
+    """Return the device that a user's word stands for; `auto` is CUDA where there is one.
+
+    Raises:
+        BadOption: not auto, cpu, cuda or cuda:N.
+        EngineUnavailable: a CUDA device that is not there.
+    """
+    kind, colon, number = text.partition(":")
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if text == "cpu" or (text == "auto" and not count):
+        return torch.device("cpu")
+    if text != "auto" and (kind != "cuda" or bool(colon) != number.isdecimal()):
+        raise BadOption(f"--device takes auto, cpu, cuda or cuda:N, not {text!r}")
+    if not count:
+        raise EngineUnavailable("there is no CUDA device here; give --device cpu")
+    index = int(number) if colon else torch.cuda.current_device()
+    if index >= count:
+        raise EngineUnavailable(
+            f"there is no CUDA device {index} here; there are {count}, from cuda:0"
+        )
+    return torch.device("cuda", index)
+
+
+def describe(
+    device: torch.device, threads: int, seconds: float, targets: Sequence[Target]
+) -> dict[str, Any]:
+    """Return what the times depend on, as plain values.
+
+    `seconds` is the measuring time for each engine and batch; `load_average` that of the last
+    minute, before the measurement.
+    """
+    is_cuda = device.type == "cuda"
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "usable_cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
+        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "threads": threads,
+        "device": str(device),
+        "gpu": torch.cuda.get_device_name(device) if is_cuda else None,
+        "cuda": torch.version.cuda if is_cuda else None,
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        **{name: _version(name) for name in PACKAGES},
+        "seconds": seconds,
+        "gates": f"open at random in {GATES[0]} to {GATES[1]}",
+        "notes": _notes(targets),
+    }
+
+
+def _notes(targets: Sequence[Target]) -> list[str]:
+    notes = [f"{t.name} has random weights" for t in targets if t.weights == "random"]
+    notes += [
+        f"{t.name} is timed with its gates as they are in the file" for t in targets if t.only
+    ]
+    return list(dict.fromkeys(notes))
+
+
+def _cpu_name() -> str:
+    table = Path("/proc/cpuinfo")
+    if table.is_file():
+        for line in table.read_text(encoding="utf-8", errors="replace").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # onnxruntime comes under other names, such as onnxruntime-gpu
+        return getattr(__import__(package), "__version__", None)

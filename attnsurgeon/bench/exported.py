@@ -1,0 +1,153 @@
+"""Exported files as they lie on the disk: what input an .onnx or a TorchScript .pt file takes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnsurgeon.errors import BadFile, HostUnusable
+from attnsurgeon.export.torchscript import load_torchscript
+
+Fixed = tuple[int | None, ...]
+"""The axes of an input; None for one that is free."""
+
+SIZE_KEY = "input_size"
+"""Metadata that export_model writes: height and width as JSON."""
+
+DEFAULT_SIZE = (224, 224)
+_DTYPES = {
+    "tensor(float)": torch.float32,
+    "tensor(float16)": torch.float16,
+    "tensor(double)": torch.float64,
+    "tensor(int64)": torch.int64,
+    "tensor(uint8)": torch.uint8,
+}
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """Inputs of an .onnx file for one image, the axes it fixes, and whether it told its size."""
+
+    example: tuple[Tensor, ...]
+    fixed: tuple[Fixed, ...]
+    is_sized: bool
+
+
+@dataclass(frozen=True)
+class ScriptFile:
+    """A TorchScript network, an input for one image, and whether the file told its size."""
+
+    module: torch.jit.ScriptModule
+    example: tuple[Tensor, ...]
+    is_sized: bool
+
+
+def session_for(
+    path: Path,
+    *,
+    threads: int = 1,
+    provider: str = "CPUExecutionProvider",
+    is_optimised: bool = True,
+) -> Any:
+    """Open an .onnx file in ONNX Runtime.
+
+    Raises:
+        BadFile: it is no ONNX file, or one that the installed runtime cannot read.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # warnings of its optimizer are no business of the user's
+    options.intra_op_num_threads = threads
+    # Idle workers spin on after a run and take the cores from whoever runs next: interleaved
+    # sessions slow each other down by 40 % that way. With this they spin during a run, as in any
+    # deployment, and stop when it ends. "session.intra_op.allow_spinning" = "0" keeps sessions
+    # apart as well, but makes the runs themselves up to 15 % slower than a deployed one.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    if not is_optimised:
+        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    try:
+        return onnxruntime.InferenceSession(str(path), options, providers=[provider])
+    except Exception as error:
+        if not is_of_onnxruntime(error):
+            raise
+        raise BadFile(f"onnxruntime cannot read {str(path)!r}: {first_line(error)}") from error
+
+
+def is_of_onnxruntime(error: Exception) -> bool:
+    """Tell whether ONNX Runtime raised this: its errors share no base class but their module."""
+    return type(error).__module__.startswith("onnxruntime")
+
+
+def first_line(error: Exception) -> str:
+    """Return what an error says, or its class."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def read_onnx(path: Path) -> OnnxFile:
+    """Return the inputs that an .onnx file takes, free axes as its metadata says.
+
+    Raises:
+        BadFile: it is no ONNX file, or one that the installed runtime cannot read.
+        HostUnusable: it takes inputs of a dtype or rank that cannot be made up.
+    """
+    session = session_for(path, is_optimised=False)
+    told = _read_size(session.get_modelmeta().custom_metadata_map.get(SIZE_KEY, ""))
+    example, fixed, is_sized = [], [], True
+    for node in session.get_inputs():
+        axes: Fixed = tuple(axis if isinstance(axis, int) else None for axis in node.shape)
+        shape = _one_image(axes, told or DEFAULT_SIZE)
+        if shape is None or node.type not in _DTYPES:
+            raise HostUnusable(
+                f"no input can be made up for {str(path)!r}: {node.name} is {node.type}{node.shape}"
+            )
+        example.append(torch.zeros(shape, dtype=_DTYPES[node.type]))
+        fixed.append(axes)
+        is_sized = is_sized and (told is not None or None not in axes[1:])
+    return OnnxFile(tuple(example), tuple(fixed), is_sized)
+
+
+def _one_image(axes: Fixed, size: tuple[int, int]) -> tuple[int, ...] | None:
+    """Return the axes with a batch of 1 and free ones filled in, if it is known what they are."""
+    rest = axes[1:]
+    if len(axes) == 4:
+        rest = tuple(
+            known if axis is None else axis for axis, known in zip(rest, (3, *size), strict=True)
+        )
+    known = tuple(axis for axis in rest if axis is not None)
+    return (1, *known) if axes and len(known) == len(rest) else None
+
+
+def read_torchscript(path: Path) -> ScriptFile:
+    """Load a TorchScript file; its channels are those of its first convolution.
+
+    Raises:
+        BadFile: it is not TorchScript.
+    """
+    module, notes = load_torchscript(path, [SIZE_KEY])
+    told = _read_size(notes[SIZE_KEY])
+    channels, dtype = _entrance(list(module.parameters()))
+    example = torch.zeros(1, channels, *(told or DEFAULT_SIZE), dtype=dtype)
+    return ScriptFile(module, (example,), told is not None)
+
+
+def _entrance(parameters: Sequence[Tensor]) -> tuple[int, torch.dtype]:
+    for parameter in parameters:
+        if parameter.ndim == 4:
+            return parameter.shape[1], parameter.dtype
+    return 3, torch.float32
+
+
+def _read_size(text: str) -> tuple[int, int] | None:
+    try:
+        height, width = json.loads(text)
+        return int(height), int(width)
+    except (ValueError, TypeError):
+        return None

@@ -1,0 +1,114 @@
+"""How sure a measured ratio is: a robust mean, its bootstrap interval, and the verdict in words.
+
+The observations are logarithms of block k of a target over block k of the baseline.
+Pairs of one round share the memory that both sides happened to be given in it, and neighbours
+share the machine's mood, so whole rounds are drawn again, never single pairs. A bootstrap of n
+rounds is too narrow by sqrt((n - 1) / n) and by the difference between Student's t and the
+normal distribution; its percentiles are widened by both (Hesterberg, The American Statistician
+2015, section 5.3, "expanded percentile interval").
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import NormalDist
+
+import numpy as np
+from numpy.typing import NDArray
+
+NOISE = "not distinguishable from noise"
+RESAMPLES = 2000
+MAX_DECIMALS = 2
+"""Of a percentage: two copies of one program seldom agree better than that."""
+
+Floats = NDArray[np.float64]
+Rounds = Sequence[Sequence[float]]
+"""Log ratios, round by round."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A ratio of times and its 95 % interval; 1 is no difference, above 1 is slower."""
+
+    ratio: float
+    low: float
+    high: float
+
+
+def midmeans(values: Floats, weights: Floats) -> Floats:
+    """Return, for each row of weights, the mean of the middle half of the weighted values.
+
+    It is deaf to disturbed pairs like a median, and steadier.
+    """
+    order = np.argsort(values)
+    below = np.cumsum(weights[:, order], axis=1)
+    total = below[:, -1:]
+    middle = np.diff(np.clip(below, total / 4, total * 3 / 4), axis=1, prepend=total / 4)
+    found: Floats = middle @ values[order] / (total[:, 0] / 2)
+    return found
+
+
+def estimate(rounds: Rounds, *, seed: int = 0) -> Estimate:
+    """Return the ratio that log ratios stand for, with a bootstrap 95 % percentile interval.
+
+    Args:
+        rounds: log ratios of pairs of blocks; at least two rounds.
+        seed: of the resampling; the same pairs give the same interval.
+    """
+    count = len(rounds)
+    if count < 2:
+        raise ValueError(f"an interval needs at least two rounds, not {count}")
+    values = np.concatenate([np.asarray(pairs, dtype=np.float64) for pairs in rounds])
+    round_of = np.repeat(np.arange(count), [len(pairs) for pairs in rounds])
+    # How often each round is drawn, when as many are drawn as there are, with replacement.
+    drawn = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=RESAMPLES)
+    means = np.concatenate(
+        [midmeans(values, part[:, round_of].astype(np.float64)) for part in np.split(drawn, 10)]
+    )
+    tail = 100 * expanded_tail(count)
+    low, high = np.percentile(means, (tail, 100 - tail))
+    ratio = midmeans(values, np.ones((1, len(values))))[0]
+    return Estimate(math.exp(ratio), math.exp(low), math.exp(high))
+
+
+def expanded_tail(count: int) -> float:
+    """Return the share to cut off each end of a bootstrap of `count` things for 95 %."""
+    widened = math.sqrt(count / (count - 1)) * student_quantile(count - 1)
+    return float(NormalDist().cdf(-widened))
+
+
+def student_quantile(degrees: int) -> float:
+    """Return the 97.5 % quantile of Student's t (Abramowitz and Stegun 26.7.5)."""
+    z = NormalDist().inv_cdf(0.975)
+    terms = (
+        (z**3 + z) / 4,
+        (5 * z**5 + 16 * z**3 + 3 * z) / 96,
+        (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384,
+        (79 * z**9 + 776 * z**7 + 1482 * z**5 - 1920 * z**3 - 945 * z) / 92160,
+    )
+    return z + sum(term / float(degrees) ** (i + 1) for i, term in enumerate(terms))
+
+
+def verdict(found: Estimate) -> str:
+    """Return "+6.2 % [5.1, 7.4]", or NOISE where the interval holds 1 at the digits it supports."""
+    change, low, high = (100 * (value - 1) for value in (found.ratio, found.low, found.high))
+    decimals = supported_decimals((high - low) / 2)
+    shown = [round(value, decimals) for value in (low, high)]
+    if shown[0] <= 0 <= shown[1]:
+        return NOISE
+    return f"{change:+.{decimals}f} % [{low:.{decimals}f}, {high:.{decimals}f}]"
+
+
+def supported_decimals(half_width: float) -> int:
+    """Return how many decimals of a percentage its uncertainty supports, MAX_DECIMALS at most.
+
+    The uncertainty keeps two digits up to 35, one from there on (the Particle Data Group's rule):
+    1.15 is worth one decimal and so is 0.85, but 0.25 is worth two and 5 none.
+    """
+    if half_width <= 0:
+        return MAX_DECIMALS
+    exponent = math.floor(math.log10(half_width))
+    digits = 2 if half_width / 10.0**exponent < 3.55 else 1
+    return min(MAX_DECIMALS, max(0, digits - 1 - exponent))

@@ -1,0 +1,246 @@
+"""What is timed: a file of attnsurgeon, a model's name, an exported file, or a module."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from attnsurgeon.bench.exported import Fixed, read_onnx, read_torchscript
+from attnsurgeon.borrow import borrowed_randomness
+from attnsurgeon.checkpoint import check_readable
+from attnsurgeon.errors import BadFile, BadOption
+from attnsurgeon.gate import named_gates
+from attnsurgeon.host import card_of, host_names, load_host
+from attnsurgeon.sites import as_inputs
+from attnsurgeon.store import load_model, load_plain
+from attnsurgeon.surgery import cuts_of, remove_attention
+
+GATES = (0.25, 0.75)
+"""Gates are opened at random in between: closed ones would let a compiler drop the attention."""
+
+Inputs = tuple[Any, ...]
+
+
+@dataclass(frozen=True)
+class Target:
+    """A network to be timed; it belongs to the comparison and may be changed by it.
+
+    Attributes:
+        name: as the user typed it, or the module's class.
+        example: positional inputs for one image; only shapes and dtypes of floats count.
+        weights: `random`, `file`, or `given` with the module.
+        model: the network on the CPU, in eval mode; None for an .onnx file.
+        file: where it came from.
+        only: the one engine that can run it.
+        fixed: for each input of an .onnx file, the axes that it fixes.
+        is_sized: whether the example's height and width are known, not guessed.
+    """
+
+    name: str
+    example: Inputs
+    weights: str
+    model: nn.Module | None = None
+    file: Path | None = None
+    only: str | None = None
+    fixed: tuple[Fixed, ...] = ()
+    is_sized: bool = True
+
+    @property
+    def module(self) -> nn.Module:
+        """The network, where it is not an .onnx file."""
+        assert self.model is not None
+        return self.model
+
+
+def read_targets(
+    things: Sequence[str | os.PathLike[str] | nn.Module], example: Any = None
+) -> list[Target]:
+    """Return the targets, the baseline first; a single operated one gets its own untouched host.
+
+    Args:
+        things: paths, names and modules; modules are copied.
+        example: an input, or a tuple of inputs, for modules that do not come from here.
+
+    Raises:
+        UnknownName: neither a file nor a model.
+        BadFile: a file that is not what it should be.
+        HostUnusable: a file of a network of the user's own.
+    """
+    if len(things) == 1:
+        return _with_baseline(things[0], example)
+    return [_read(thing, example) for thing in things]
+
+
+def _with_baseline(thing: str | os.PathLike[str] | nn.Module, example: Any) -> list[Target]:
+    target = _read(thing, example)
+    if target.model is None or not cuts_of(target.model):
+        return [target]
+    file = target.file
+    plain = load_plain(file) if file is not None else remove_attention(target.model)
+    card = card_of(plain)
+    name = card.name if card and card.name else type(plain).__name__
+    baseline = Target(
+        name=f"{name} (untouched host)",
+        example=target.example,
+        weights=target.weights,
+        model=plain.eval(),
+    )
+    return [baseline, target]
+
+
+def _read(thing: str | os.PathLike[str] | nn.Module, example: Any) -> Target:
+    if isinstance(thing, nn.Module):
+        return _from_module(thing, example)
+    name = os.fspath(thing)
+    path = Path(name)
+    reader = _READERS.get(path.suffix.lower())
+    if reader is not None:
+        check_readable(path)
+        return reader(name, path)
+    if path.is_file() and name not in host_names():
+        raise BadFile(
+            f"{name!r} cannot be timed: a target is a .safetensors file of attnsurgeon, an .onnx "
+            "file, a TorchScript .pt file or a model's name"
+        )
+    with borrowed_randomness(0):
+        model = load_host(name, weights="none")
+    return Target(name, _own_example(model), "random", model=model)
+
+
+def _from_safetensors(name: str, path: Path) -> Target:
+    model = _opened(load_model(path))
+    return Target(name, _own_example(model), "file", model=model, file=path)
+
+
+def _from_onnx(name: str, path: Path) -> Target:
+    read = read_onnx(path)
+    return Target(
+        name,
+        read.example,
+        "file",
+        file=path,
+        only="onnxruntime",
+        fixed=read.fixed,
+        is_sized=read.is_sized,
+    )
+
+
+def _from_torchscript(name: str, path: Path) -> Target:
+    read = read_torchscript(path)
+    return Target(
+        name,
+        read.example,
+        "file",
+        model=read.module,
+        file=path,
+        only="torchscript",
+        is_sized=read.is_sized,
+    )
+
+
+_READERS: dict[str, Callable[[str, Path], Target]] = {
+    ".safetensors": _from_safetensors,
+    ".onnx": _from_onnx,
+    ".pt": _from_torchscript,
+}
+
+
+def _from_module(module: nn.Module, example: Any) -> Target:
+    own = _opened(copy.deepcopy(module).eval().cpu())
+    is_script = isinstance(own, torch.jit.ScriptModule)
+    return Target(
+        name=str(module.original_name) if is_script else type(module).__name__,
+        example=_own_example(own, example),
+        weights="given",
+        model=own,
+        only="torchscript" if is_script else None,
+    )
+
+
+def _own_example(model: nn.Module, example: Any = None) -> Inputs:
+    card = card_of(model)
+    if example is None and card is not None:
+        like = next((p for p in model.parameters() if p.is_floating_point()), None)
+        return card.example(like)
+    inputs = as_inputs(model, example)
+    return tuple(part.detach().cpu() if isinstance(part, Tensor) else part for part in inputs)
+
+
+def _opened(model: nn.Module) -> nn.Module:
+    """Open every gate of this very model at random, each time the same."""
+    low, high = GATES
+    with torch.no_grad(), borrowed_randomness(0):
+        for gate in named_gates(model).values():
+            gate.copy_(low + (high - low) * torch.rand(gate.shape))
+    return model
+
+
+def common_example(targets: Sequence[Target], size: tuple[int, int] | None) -> Inputs:
+    """Return the inputs for one image that all targets are to be timed with.
+
+    They are those of the first target whose size is known; `size` replaces height and width.
+
+    Raises:
+        BadOption: the targets take inputs of different kinds.
+    """
+    lead = next((target for target in targets if target.is_sized), targets[0])
+    for target in targets:
+        _check_like(target, lead)
+    if size is None:
+        return lead.example
+    return tuple(
+        part.new_empty(*part.shape[:2], *size) if _is_image(part) else part for part in lead.example
+    )
+
+
+def _is_image(part: Any) -> bool:
+    return isinstance(part, Tensor) and part.ndim == 4
+
+
+def _check_like(target: Target, lead: Target) -> None:
+    mine, other = (_kinds(one.example) for one in (target, lead))
+    if mine != other:
+        raise BadOption(
+            f"{target.name} takes {' and '.join(mine)}, {lead.name} takes {' and '.join(other)}: "
+            "they cannot be compared"
+        )
+
+
+def _kinds(example: Inputs) -> list[str]:
+    """Say what the inputs are, leaving out what may differ: batch, height and width."""
+    return [
+        f"{part.shape[1]}-channel images"
+        if _is_image(part)
+        else f"tensors of shape {('N', *part.shape[1:])}"
+        if isinstance(part, Tensor)
+        else repr(part)
+        for part in example
+    ]
+
+
+def make_inputs(example: Inputs, batch: int, device: torch.device) -> Inputs:
+    """Return a batch like the example, each time the same: floats random, the rest repeated."""
+    with borrowed_randomness(batch):
+        return tuple(
+            part
+            if not isinstance(part, Tensor)
+            else torch.randn(batch, *part.shape[1:]).to(device)
+            if part.is_floating_point()
+            else part[:1].expand(batch, *part.shape[1:]).contiguous().to(device)
+            for part in example
+        )
+
+
+def cast_inputs(inputs: Inputs, target: Target) -> Inputs:
+    """Return the same inputs in the dtypes of the target; the very same ones where they fit."""
+    return tuple(
+        part.to(own.dtype) if isinstance(part, Tensor) else part
+        for part, own in zip(inputs, target.example, strict=True)
+    )
