@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import signal
 import sys
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich",
+    rich_markup_mode=None,  # rich help takes longer to draw than all else to import
     help="Insert attention into pretrained vision networks without changing a bit of what they "
     "compute; export them proven equal; measure what it costs.",
     epilog="Exit codes: 0 done, 2 something you can put right, 3 identity broken, 4 an export "
@@ -53,4 +54,7 @@ def _terminate(number: int, frame: Any) -> None:
 def main() -> None:
     """Run the command line."""
     signal.signal(signal.SIGTERM, _terminate)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character shows its code
+            stream.reconfigure(errors="backslashreplace")
     app()

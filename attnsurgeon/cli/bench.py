@@ -11,13 +11,10 @@ from attnsurgeon.cli.shell import is_integer, list_command, say, say_json, tell
 
 ENGINES = ("eager", "torchscript", "onnxruntime", "compile")
 
-EXAMPLES = """
-[bold]Examples[/]
-
+EXAMPLES = """\b
+Examples:
   attnsurgeon bench resnet50_se.safetensors
-
   attnsurgeon bench resnet50_se.safetensors --engine eager onnxruntime --batch 1 8 --threads 2
-
   attnsurgeon bench resnet50 resnet50_se.safetensors resnet50_gc.safetensors -o results.json
 """
 
@@ -25,7 +22,7 @@ EXAMPLES = """
 def add_to(app: typer.Typer) -> None:
     """Enter the command."""
     lists = list_command(1, engine=ENGINES.__contains__, batch=is_integer)
-    app.command("bench", cls=lists, epilog=EXAMPLES)(bench)
+    app.command("bench", cls=lists, short_help="Time what attention costs.", epilog=EXAMPLES)(bench)
 
 
 def bench(

@@ -8,18 +8,16 @@ import typer
 
 from attnsurgeon.cli.shell import say, say_json
 
-EXAMPLES = """
-[bold]Examples[/]
-
+EXAMPLES = """\b
+Examples:
   attnsurgeon blocks
-
   attnsurgeon blocks --json
 """
 
 
 def add_to(app: typer.Typer) -> None:
     """Enter the command."""
-    app.command("blocks", epilog=EXAMPLES)(blocks)
+    app.command("blocks", short_help="Show the attention there is.", epilog=EXAMPLES)(blocks)
 
 
 def blocks(

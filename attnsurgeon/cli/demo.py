@@ -9,18 +9,16 @@ import typer
 
 from attnsurgeon.cli.shell import say, say_json, tell
 
-EXAMPLES = """
-[bold]Examples[/]
-
+EXAMPLES = """\b
+Examples:
   attnsurgeon demo
-
   attnsurgeon demo my-folder --json
 """
 
 
 def add_to(app: typer.Typer) -> None:
     """Enter the command."""
-    app.command("demo", epilog=EXAMPLES)(demo)
+    app.command("demo", short_help="See it all on a small trained network.", epilog=EXAMPLES)(demo)
 
 
 def demo(

@@ -9,20 +9,19 @@ import typer
 
 from attnsurgeon.cli.shell import read_size, say, say_json, tell
 
-EXAMPLES = """
-[bold]Examples[/]
-
+EXAMPLES = """\b
+Examples:
   attnsurgeon export resnet50_se.safetensors -o resnet50_se.onnx
-
   attnsurgeon export resnet50_se.safetensors -o resnet50_se.pt --input-size 320,256
-
   attnsurgeon export resnet50_se.safetensors --checkpoint trained.pth -o trained.onnx --opset 18
 """
 
 
 def add_to(app: typer.Typer) -> None:
     """Enter the command."""
-    app.command("export", epilog=EXAMPLES)(export)
+    app.command("export", short_help="Write ONNX or TorchScript, proven equal.", epilog=EXAMPLES)(
+        export
+    )
 
 
 def export(

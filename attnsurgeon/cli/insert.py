@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,17 +18,12 @@ from attnsurgeon.cli.shell import (
     tell,
 )
 
-EXAMPLES = """
-[bold]Examples[/]
-
+EXAMPLES = """\b
+Examples:
   attnsurgeon insert resnet50 --block se
-
   attnsurgeon insert resnet50 --block gc --placement standard --stage 2 3 4 --set ratio=1/4
-
   attnsurgeon insert resnext50_32x4d --block sk --placement replace -o sknet50.safetensors
-
   attnsurgeon insert resnet18 --checkpoint mine.pth --num-classes 10 --block cbam --at 'layer3.*'
-
   attnsurgeon insert resnet50_se.safetensors --block gc --at layer4.2 -o both.onnx
 """
 
@@ -37,7 +33,9 @@ def add_to(app: typer.Typer) -> None:
     lists = list_command(
         1, at=None, exclude=None, stage=is_integer, set=is_assignment, model_arg=is_assignment
     )
-    app.command("insert", cls=lists, epilog=EXAMPLES)(insert)
+    app.command(
+        "insert", cls=lists, short_help="Put attention into a network, unchanged.", epilog=EXAMPLES
+    )(insert)
 
 
 def insert(
@@ -117,17 +115,17 @@ def insert(
 
 
 def literals(texts: dict[str, str]) -> dict[str, Any]:
-    """Return values read as JSON where they are (numbers, lists, true), else as text."""
+    """Return values read as JSON or Python (numbers, lists, true, None) where they are, else text.
+
+    All of them can stand in a recipe.
+    """
     import ast
     import json
 
-    values: dict[str, Any] = {}
+    values: dict[str, Any] = dict(texts)
     for key, text in texts.items():
-        try:
-            values[key] = json.loads(text)
-        except ValueError:
-            try:
-                values[key] = ast.literal_eval(text)
-            except (ValueError, SyntaxError):
-                values[key] = text
+        for read in (json.loads, ast.literal_eval):
+            with suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+                values[key] = json.loads(json.dumps(read(text), allow_nan=False))
+                break
     return values

@@ -8,18 +8,16 @@ import typer
 
 from attnsurgeon.cli.shell import say, say_json
 
-EXAMPLES = """
-[bold]Examples[/]
-
+EXAMPLES = """\b
+Examples:
   attnsurgeon models
-
   attnsurgeon models 'resne*' --json
 """
 
 
 def add_to(app: typer.Typer) -> None:
     """Enter the command."""
-    app.command("models", epilog=EXAMPLES)(models)
+    app.command("models", short_help="Show the networks there are.", epilog=EXAMPLES)(models)
 
 
 def models(

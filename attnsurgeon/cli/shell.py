@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import typer
-from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
-from attnsurgeon.errors import AttnSurgeonError
+from attnsurgeon.errors import AttnSurgeonError, OutputRefused
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 # Typer's own usage errors (an unknown flag, a missing argument) are not public by name.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -24,24 +27,38 @@ class Group(TyperGroup):
         """Run the command and turn our own errors into exit codes."""
         try:
             return super().invoke(ctx)
-        except AttnSurgeonError as error:
+        except (Exception, KeyboardInterrupt) as error:
+            if _is_interrupt(error):
+                complain("interrupted; no partial file was left")
+                raise typer.Exit(130) from None
+            if not isinstance(error, AttnSurgeonError):
+                raise
             complain(str(error))
             raise typer.Exit(error.exit_code) from error
-        except KeyboardInterrupt:
-            complain("interrupted; no partial file was left")
-            raise typer.Exit(130) from None
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Parse as ever; nothing at all asks for help."""
+        return super().parse_args(ctx, args or ["--help"])
+
+    def main(self, *args: Any, **extra: Any) -> Any:
         """Parse and run; usage errors are one line too."""
+        standalone = extra.get("standalone_mode", True)
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
+            code = super().main(*args, **{**extra, "standalone_mode": False})
         except _UsageError as error:
             command = getattr(getattr(error, "ctx", None), "command_path", "attnsurgeon")
             complain(f"{_usage(error).rstrip('.')}; see {command} --help")
             code = 2
-        if not standalone_mode:
+        if not standalone:
             return code
         sys.exit(code if isinstance(code, int) else 0)
+
+
+def _is_interrupt(error: BaseException | None) -> bool:
+    """Tell whether an interrupt is at the root; libraries wrap it, as a failed import does."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
 
 
 def _usage(error: Exception) -> str:
@@ -109,7 +126,7 @@ def _is_number(word: str) -> bool:
 
 def is_integer(word: str) -> bool:
     """Tell whether a word is meant as one more whole number."""
-    return word.lstrip("-").isdigit()
+    return word.lstrip("-").isdecimal()
 
 
 def is_assignment(word: str) -> bool:
@@ -125,31 +142,64 @@ def list_command(arguments: int, **lists: Callable[[str], bool] | None) -> type[
 
 def complain(text: str) -> None:
     """Print one line on stderr."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(
-        f"[bold red]error:[/] {_plain(' '.join(text.split()))}"
-    )
+    from rich.text import Text
+
+    _console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {_one_line(text)}"))
 
 
 def tell(text: str) -> None:
     """Print one line of progress or notice on stderr."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(f"[dim]{_plain(text)}[/]")
+    from rich.text import Text
+
+    _console(stderr=True).print(Text(_one_line(text), "dim"))
 
 
-def _plain(text: str) -> str:
-    return text.replace("[", r"\[")
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
 
 
 def say(*things: Any) -> None:
     """Print results on stdout: in colour only on a terminal, and wide where there is none."""
-    console = Console(highlight=False)
+    console = _console(stderr=False)
     if not console.is_terminal:
         console.width = max(console.width, 140)
-    console.print(*things)
+    with console.capture() as captured:
+        console.print(*things)
+    _write(captured.get())
+
+
+def _console(*, stderr: bool) -> Console:
+    from rich.console import Console  # 0.03 s that --help need not wait for
+
+    plain = bool(os.environ.get("NO_COLOR"))  # no bold either, which rich would keep
+    return Console(
+        stderr=stderr,
+        soft_wrap=stderr,
+        highlight=False,
+        color_system=None if plain else "auto",
+    )
 
 
 def say_json(thing: Any) -> None:
     """Print one JSON value on stdout and nothing else."""
-    sys.stdout.write(json.dumps(thing, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    _write(json.dumps(thing, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def _write(text: str) -> None:
+    """Write results to the end; a reader that has seen enough, as `head` has, is no error.
+
+    Raises:
+        OutputRefused: stdout takes no more, as on a full disk.
+    """
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except OSError as error:
+        # What is left in the buffer would fail again when the interpreter ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if isinstance(error, BrokenPipeError):
+            raise typer.Exit(141) from None  # as a shell tells of SIGPIPE
+        raise OutputRefused(f"cannot write the results to stdout: {error.strerror}") from error
 
 
 def read_assignments(texts: Sequence[str], flag: str) -> dict[str, str]:
@@ -182,6 +232,6 @@ def read_size(text: str | None) -> tuple[int, int] | None:
     if text is None:
         return None
     parts = text.replace("x", ",").split(",")
-    if not 1 <= len(parts) <= 2 or not all(part.strip().isdigit() for part in parts):
+    if not 1 <= len(parts) <= 2 or not all(part.strip().isdecimal() for part in parts):
         raise BadOption(f"--input-size takes H or H,W in pixels, not {text!r}")
     return int(parts[0]), int(parts[-1])

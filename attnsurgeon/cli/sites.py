@@ -8,18 +8,21 @@ import typer
 
 from attnsurgeon.cli.shell import is_assignment, list_command, read_assignments, say, say_json, tell
 
-EXAMPLES = """
-[bold]Examples[/]
-
+EXAMPLES = """\b
+Examples:
   attnsurgeon sites resnet50
-
   attnsurgeon sites resnet50_se.safetensors --json
 """
 
 
 def add_to(app: typer.Typer) -> None:
     """Enter the command."""
-    app.command("sites", cls=list_command(1, model_arg=is_assignment), epilog=EXAMPLES)(sites)
+    app.command(
+        "sites",
+        cls=list_command(1, model_arg=is_assignment),
+        short_help="Show where attention can go.",
+        epilog=EXAMPLES,
+    )(sites)
 
 
 def sites(

@@ -9,18 +9,16 @@ import typer
 
 from attnsurgeon.cli.shell import say, say_json, tell
 
-EXAMPLES = """
-[bold]Examples[/]
-
+EXAMPLES = """\b
+Examples:
   attnsurgeon verify resnet50_se.safetensors
-
   attnsurgeon verify resnet50_se.safetensors --json
 """
 
 
 def add_to(app: typer.Typer) -> None:
     """Enter the command."""
-    app.command("verify", epilog=EXAMPLES)(verify)
+    app.command("verify", short_help="Hold a file to its promises again.", epilog=EXAMPLES)(verify)
 
 
 def verify(
