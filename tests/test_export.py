@@ -260,6 +260,14 @@ class TestComparer:
         assert not compare_outputs([x], [wrong(x)], 1e-4)[-1]
         assert not compare_outputs([x], [], 1e-4)[-1]
 
+    @pytest.mark.parametrize("scale", [1e-30, 1e30])
+    def test_any_scale(self, scale):
+        x = torch.randn(4, 10, dtype=torch.float64) * scale
+        assert compare_outputs([x], [x.clone()], 1e-4)[2:] == (pytest.approx(1.0), 1.0, True)
+        assert not compare_outputs([x], [x.flip(1)], 1e-4)[-1]
+        assert not compare_outputs([x], [x * 0], 1e-4)[-1]
+        assert not compare_outputs([x * 0], [x], 1e-4)[-1]
+
     def test_nan_on_both_sides_is_no_agreement(self):
         x = torch.full((2, 3), float("nan"))
         assert not compare_outputs([x], [x], 1e-4)[-1]
@@ -301,6 +309,11 @@ class TestRefused:
         model = load_host("alexnet", weights="none")
         with pytest.raises(HostUnusable, match="8x8"):
             attnsurgeon.export_model(model, tmp_path / "x.onnx", input_size=(8, 8))
+
+    def test_too_large_for_one_file(self, operated, tmp_path, monkeypatch):
+        monkeypatch.setattr(onnx_format, "MOST_BYTES", 2**19)
+        with pytest.raises(ExportRefused, match="export it to .pt"):
+            attnsurgeon.export_model(operated, tmp_path / "x.onnx")
 
     @pytest.mark.parametrize("bad", ["0.5.0", "0.5.6"])
     def test_known_bad_onnxscript(self, operated, tmp_path, monkeypatch, bad):

@@ -19,6 +19,9 @@ from attnsurgeon.gate import named_gates
 OLDEST_OPSET = 18
 """The dynamo exporter writes 18 and up."""
 
+MOST_BYTES = 2**31
+"""An ONNX file is one protobuf message, which cannot be larger."""
+
 AXES = ("batch", None, "height", "width")
 """Names of the free axes of an image batch."""
 
@@ -69,6 +72,20 @@ def write_onnx(
     draft.write(path, {name: gate.detach() for name, gate in named_gates(model).items()})
 
 
+def _check_bytes(model: nn.Module) -> None:
+    """Refuse weights that do not fit into one ONNX file.
+
+    Raises:
+        ExportRefused: 2 GiB or more, the limit of the format's encoding.
+    """
+    held = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    if held >= MOST_BYTES:
+        raise ExportRefused(
+            f"{type(model).__name__} holds {held / 2**30:.1f} GiB and one ONNX file less than 2; "
+            "export it to .pt"
+        )
+
+
 class _OnnxDraft(Draft):
     def __init__(self, program: Any, opset: int | None, metadata: Mapping[str, str]) -> None:
         self.program = program
@@ -108,6 +125,7 @@ class Onnx(Format):
         """
         check_onnxscript()
         check_opset(settings.opset)
+        _check_bytes(model)
         exported = _export(model, inputs, settings.dynamic)
         names = ["input"] if len(inputs) == 1 else [f"input_{i}" for i in range(len(inputs))]
         try:
