@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import pickle
-from collections.abc import Mapping
+import re
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,14 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from attnsurgeon.errors import BadFile, CheckpointMismatch
+from attnsurgeon.errors import BadFile, CheckpointMismatch, first_line
 
 NESTS = ("state_dict", "model", "model_state_dict", "model_ema", "ema")
 """Where training scripts keep the state dict inside what they save."""
+
+
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""What networks compute in; smaller floats are for storage."""
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
@@ -28,18 +34,35 @@ def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     file = Path(path)
     check_readable(file)
     try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what torch doubts, it tells in the error as well
+            if _is_safetensors(file):
+                return load_file(file)
+            loaded = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged pickle raises whatever its opcodes run into
         raise BadFile(
-            f"{str(file)!r} holds more than tensors and would run code when loaded; save "
-            "model.state_dict() alone, or as .safetensors"
+            f"{str(file)!r} cannot be read as a checkpoint: {why_unreadable(error)}; give what "
+            "torch.save(model.state_dict(), FILE) wrote, or .safetensors"
         ) from error
-    except (RuntimeError, EOFError, ValueError, KeyError, SafetensorError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BadFile(f"{str(file)!r} cannot be read as a checkpoint: {first}") from error
     return _unwrap(loaded, file)
+
+
+def _is_safetensors(file: Path) -> bool:
+    """Tell by the first bytes, whatever the file is called: a length, then a JSON object."""
+    with file.open("rb") as stream:
+        return stream.read(9)[8:] == b"{" or file.suffix == ".safetensors"
+
+
+def why_unreadable(error: Exception) -> str:
+    """Return in a few words why a file of weights could not be read."""
+    if isinstance(error, pickle.UnpicklingError):
+        code = re.search(r"GLOBAL (\S+)", str(error))
+        if code is not None:
+            return f"it holds more than tensors ({code[1]}) and would run code when loaded"
+        return "it is damaged, or holds more than tensors"
+    if not isinstance(error, RuntimeError | OSError | SafetensorError):
+        return "it is damaged, or no file of weights"
+    return first_line(error).partition(". ")[0]  # torch goes on with advice that is not ours
 
 
 def check_readable(file: Path) -> None:
@@ -48,14 +71,18 @@ def check_readable(file: Path) -> None:
     Raises:
         BadFile: missing, a folder, not readable, or empty.
     """
-    if not file.exists():
-        raise BadFile(f"there is no file {str(file)!r}")
-    if file.is_dir():
-        raise BadFile(f"{str(file)!r} is a folder, not a file")
-    if not os.access(file, os.R_OK):
-        raise BadFile(f"{str(file)!r} cannot be read: permission denied")
-    if file.stat().st_size == 0:
-        raise BadFile(f"{str(file)!r} is empty")
+    try:
+        if not file.exists():
+            raise BadFile(f"there is no file {str(file)!r}")
+        if file.is_dir():
+            raise BadFile(f"{str(file)!r} is a folder, not a file")
+        if not file.is_file():
+            raise BadFile(f"{str(file)!r} is no plain file; save it as one first")
+        with file.open("rb") as stream:
+            if not stream.read(1):
+                raise BadFile(f"{str(file)!r} is empty")
+    except OSError as error:
+        raise BadFile(f"{str(file)!r} cannot be read: {error.strerror}") from error
 
 
 def _unwrap(loaded: Any, file: Path) -> dict[str, Tensor]:
@@ -63,46 +90,71 @@ def _unwrap(loaded: Any, file: Path) -> dict[str, Tensor]:
         if isinstance(loaded, Mapping) and isinstance(loaded.get(nest), Mapping):
             loaded = loaded[nest]
             break
-    tensors = isinstance(loaded, Mapping) and all(isinstance(v, Tensor) for v in loaded.values())
-    if not tensors or not loaded:
+    items = loaded.items() if isinstance(loaded, Mapping) else ()
+    if not items or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in items):
         raise BadFile(f"{str(file)!r} holds no state dict: no plain mapping of names to tensors")
     return dict(loaded)
 
 
 def fit_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Refuse a state that is not exactly the model's: every key, every shape.
+    """Refuse a state that is not exactly the model's: every key, every shape, plain numbers.
 
     Raises:
         CheckpointMismatch: the first few named, counts for all.
     """
     own = model.state_dict()
-    missing = [key for key in own if key not in state]
-    extra = [key for key in state if key not in own]
-    misfit = [
-        f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+    missing = {key: key for key in own if key not in state}
+    extra = {key: key for key in state if key not in own}
+    misfit = {
+        key: f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
         for key in own
         if key in state and own[key].shape != state[key].shape
-    ]
+    }
+    unlike = {
+        key: f"{key} {_kind(state[key])} instead of {_name(own[key].dtype)}"
+        for key in own
+        if key in state and not _is_alike(state[key], own[key])
+    }
     parts = [
-        f"{len(keys)} {kind} ({', '.join(keys[:3])}{', ...' if len(keys) > 3 else ''})"
-        for kind, keys in (
+        f"{len(found)} {kind} ({', '.join([*found.values()][:3])}{', ...' * (len(found) > 3)})"
+        for kind, found in (
             ("missing", missing),
             ("unexpected", extra),
             ("of another shape", misfit),
+            ("of another kind", unlike),
         )
-        if keys
+        if found
     ]
     if parts:
-        fitting = len(own) - len(missing) - len(misfit)
+        fitting = len(own) - len({*missing, *misfit, *unlike})
         raise CheckpointMismatch(
             f"{source} does not fit {type(model).__name__}: {fitting} of {len(own)} tensors fit; "
             f"{'; '.join(parts)}{_hint(misfit)}"
         )
 
 
-def _hint(misfit: list[str]) -> str:
+def _is_alike(tensor: Tensor, own: Tensor) -> bool:
+    """Tell whether a tensor holds numbers that can stand for the model's in a computation."""
+    if tensor.is_meta or tensor.layout != own.layout or tensor.is_quantized != own.is_quantized:
+        return False
+    if own.is_floating_point():
+        return tensor.dtype in FLOATS or tensor.dtype == own.dtype
+    return tensor.is_complex() == own.is_complex() and not tensor.is_floating_point()
+
+
+def _kind(tensor: Tensor) -> str:
+    form = "meta" if tensor.is_meta else _name(tensor.layout)
+    return f"{form} {_name(tensor.dtype)}".removeprefix("strided ")
+
+
+def _name(thing: torch.dtype | torch.layout) -> str:
+    return str(thing).removeprefix("torch.")
+
+
+def _hint(misfit: Iterable[str]) -> str:
     heads = ("fc.", "classifier.", "head.", "heads.", "module.fc.")
-    if misfit and all(text.startswith(heads) for text in misfit):
+    keys = list(misfit)
+    if keys and all(key.startswith(heads) for key in keys):
         return "; is it of another number of classes? then give --num-classes"
     return ""
 

@@ -34,6 +34,12 @@ class AttnSurgeonError(Exception):
         return " ".join(str(arg) for arg in self.args)
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of what a foreign error says, or its type where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for the closest known name, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)

@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
+import math
 import os
+import sys
+import traceback
+import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torchvision.models import WeightsEnum, get_model, get_model_weights, list_models
+from torch.overrides import TorchFunctionMode
+from torchvision.models import (
+    WeightsEnum,
+    get_model_builder,
+    get_model_weights,
+    list_models,
+)
 
 from attnsurgeon import digits
-from attnsurgeon.checkpoint import load_state, read_checkpoint
+from attnsurgeon.checkpoint import load_state, read_checkpoint, why_unreadable
 from attnsurgeon.errors import (
     AttnSurgeonError,
     BadFile,
@@ -22,11 +33,17 @@ from attnsurgeon.errors import (
     HostUnusable,
     UnknownName,
     WeightsUnavailable,
+    first_line,
 )
+from attnsurgeon.schema import read_as
 from attnsurgeon.sites import default_example
 
 DIGITS = "digits"
-_FORBIDDEN = ("weights", "weights_backbone", "progress")
+DEFAULT_WEIGHTS = "DEFAULT"
+NO_WEIGHTS = "none"
+_FORBIDDEN = ("weights", "weights_backbone", "pretrained", "pretrained_backbone", "progress")
+_MOST_NUMBERS = 2**28
+"""In one input that a file asks for: a gigabyte of float32."""
 
 
 @dataclass(frozen=True)
@@ -54,21 +71,16 @@ class HostCard:
         """Read what `to_json` wrote.
 
         Raises:
-            BadFile: a field is missing, unknown or of the wrong kind.
+            BadFile: a field is missing, unknown, of the wrong kind or out of range.
         """
         try:
-            values = dict(data)
-            values["input_shapes"] = tuple(
-                tuple(int(n) for n in shape) for shape in values["input_shapes"]
-            )
-            for name in ("mean", "std", "categories"):
-                if values[name] is not None:
-                    values[name] = tuple(values[name])
-            card = cls(**values)
-            if not isinstance(card.arguments, Mapping) or set(card.arguments) & set(_FORBIDDEN):
-                raise ValueError("its arguments are not those of a network")
-        except (KeyError, TypeError, ValueError) as error:
-            raise BadFile(f"the recipe's host cannot be read: {error}") from error
+            card: HostCard = read_as(cls, data, "host")
+            if set(card.arguments) & set(_FORBIDDEN):
+                raise ValueError("the host's arguments name weights")
+            if not card.input_shapes or not all(map(_is_small_shape, card.input_shapes)):
+                raise ValueError(f"no network takes inputs of shape {card.input_shapes}")
+        except ValueError as error:
+            raise BadFile(str(error)) from error
         return card
 
     def example(self, like: Tensor | None = None) -> tuple[Tensor, ...]:
@@ -79,6 +91,10 @@ class HostCard:
         )
 
 
+def _is_small_shape(shape: tuple[int, ...]) -> bool:
+    return bool(shape) and min(shape) >= 1 and math.prod(shape) <= _MOST_NUMBERS
+
+
 def host_names() -> list[str]:
     """Return every name that can be operated on: torchvision's, and `digits`."""
     return [*list_models(), DIGITS]
@@ -87,7 +103,7 @@ def host_names() -> list[str]:
 def load_host(
     name: str,
     *,
-    weights: str = "DEFAULT",
+    weights: str = DEFAULT_WEIGHTS,
     checkpoint: str | os.PathLike[str] | None = None,
     num_classes: int | None = None,
     arguments: Mapping[str, Any] | None = None,
@@ -107,13 +123,12 @@ def load_host(
         WeightsUnavailable: the weights could not be fetched.
         BadFile, CheckpointMismatch: the checkpoint cannot be read or does not fit.
     """
+    check_host(name, weights=weights, checkpoint=checkpoint, num_classes=num_classes)
     extra = dict(arguments or {})
     for key in _FORBIDDEN:
         if key in extra:
             raise BadOption(f"{key} is no --model-arg; use --weights")
     if num_classes is not None:
-        if num_classes < 1:
-            raise BadOption(f"--num-classes must be at least 1, not {num_classes}")
         extra["num_classes"] = num_classes
     if name == DIGITS:
         model = _load_digits(weights, checkpoint, extra)
@@ -122,6 +137,31 @@ def load_host(
     if checkpoint is not None:
         load_state(model, read_checkpoint(checkpoint), repr(str(checkpoint)))
     return model.eval()
+
+
+def check_host(
+    name: str,
+    *,
+    weights: str = DEFAULT_WEIGHTS,
+    checkpoint: str | os.PathLike[str] | None = None,
+    num_classes: int | None = None,
+) -> None:
+    """Refuse what load_host would refuse before it builds or fetches anything.
+
+    Raises:
+        UnknownName: no such model or weights.
+        BadOption: weights and a checkpoint at once, or fewer than one class.
+    """
+    if name not in host_names():
+        raise UnknownName("model", name, host_names(), "; `attnsurgeon models` lists all")
+    if weights not in (DEFAULT_WEIGHTS, NO_WEIGHTS):
+        if name == DIGITS:
+            raise UnknownName("weight of digits", weights, [DEFAULT_WEIGHTS, NO_WEIGHTS])
+        _find_weights(name, get_model_weights(name), weights)
+        if checkpoint is not None:
+            raise BadOption(f"give --weights {weights} or --checkpoint, not both")
+    if num_classes is not None and num_classes < 1:
+        raise BadOption(f"--num-classes must be at least 1, not {num_classes}")
 
 
 def card_of(model: nn.Module) -> HostCard | None:
@@ -139,9 +179,7 @@ def _load_digits(
     weights: str, checkpoint: str | os.PathLike[str] | None, extra: dict[str, Any]
 ) -> nn.Module:
     card = digits.read_card()
-    if weights not in ("DEFAULT", "none"):
-        raise UnknownName("weight of digits", weights, ["DEFAULT", "none"])
-    shipped = weights == "DEFAULT" and checkpoint is None
+    shipped = weights == DEFAULT_WEIGHTS and checkpoint is None
     if shipped and extra:
         raise BadOption("the shipped digits weights take no model arguments; give --weights none")
     model = _build(card.model, {**card.arguments, **extra})
@@ -153,7 +191,7 @@ def _load_digits(
             name=DIGITS,
             class_name=type(model).__name__,
             arguments=extra,
-            weights="DEFAULT" if shipped else None,
+            weights=DEFAULT_WEIGHTS if shipped else None,
             input_shapes=((1, 3, *card.input_size),),
             mean=tuple(card.mean),
             std=tuple(card.std),
@@ -166,11 +204,9 @@ def _load_digits(
 def _load_registered(
     name: str, weights: str, checkpoint: str | os.PathLike[str] | None, extra: dict[str, Any]
 ) -> nn.Module:
-    if name not in list_models():
-        raise UnknownName("model", name, host_names(), "; `attnsurgeon models` lists all")
     known = get_model_weights(name)
-    chosen: WeightsEnum | None = None
-    if checkpoint is None and weights != "none":
+    chosen = None
+    if checkpoint is None and weights != NO_WEIGHTS:
         chosen = _find_weights(name, known, weights)
     described = chosen or next(iter(known), None)
     model = _build(name, extra, chosen)
@@ -179,13 +215,13 @@ def _load_registered(
 
 
 def _find_weights(name: str, known: Any, weights: str) -> WeightsEnum:
-    short = weights.rpartition(".")[2]
     members: dict[str, WeightsEnum] = dict(known.__members__)
-    if short not in members:
+    in_full = {f"{known.__name__}.{short}": member for short, member in members.items()}
+    if weights not in members and weights not in in_full:
         raise UnknownName(
             f"weight of {name}", weights, [*members, "none"], "; or give --weights none"
         )
-    return members[short]
+    return {**members, **in_full}[weights]
 
 
 def _describe(
@@ -216,26 +252,53 @@ def _describe(
 
 
 def _build(name: str, extra: Mapping[str, Any], weights: WeightsEnum | None = None) -> nn.Module:
+    """Build a registered network; without weights nothing is fetched for a part of it either.
+
+    Raises:
+        BadOption: arguments that the builder, the weights or the memory cannot take.
+        WeightsUnavailable: the weights could not be fetched.
+    """
     try:
         with _tensors_only():
-            model: nn.Module = get_model(name, weights=weights, progress=True, **extra)
-        return model
-    except OSError as error:
-        raise _unfetched(name, weights, error) from error
-    except (RuntimeError, EOFError) as error:
-        if weights is None:
-            raise
-        raise _unfetched(name, weights, error) from error
-    except (TypeError, ValueError, AssertionError) as error:
-        if not extra:
-            raise
-        raise _misfit(name, extra, weights, error) from error
+            return _construct(name, extra, weights)
+    except Exception as error:  # builders and a damaged download raise whatever they run into
+        if _was_fetching(error):
+            raise _unfetched(name, weights, error) from error
+        if extra:
+            raise _misfit(name, extra, weights, error) from error
+        if weights is not None:  # a file under the right name that is of something else
+            raise _unfetched(name, weights, error) from error
+        raise
+
+
+def _construct(name: str, extra: Mapping[str, Any], weights: WeightsEnum | None) -> nn.Module:
+    builder = get_model_builder(name)
+    partly = weights is None and "weights_backbone" in inspect.signature(builder).parameters
+    backbone = {"weights_backbone": None} if partly else {}
+    with _nothing_said():
+        model: nn.Module = builder(weights=weights, progress=True, **backbone, **extra)
+    return model
+
+
+@contextmanager
+def _nothing_said() -> Iterator[None]:
+    """Keep a builder's warnings to itself, and torch.hub's lines off stdout, which is ours."""
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+        warnings.simplefilter("ignore")
+        yield
+
+
+def _was_fetching(error: Exception) -> bool:
+    """Tell whether an error came out of torchvision's fetching, not out of building."""
+    fetching = WeightsEnum.get_state_dict.__code__
+    return any(frame.f_code is fetching for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _unfetched(name: str, weights: WeightsEnum | None, error: Exception) -> AttnSurgeonError:
-    reason = str(getattr(error, "reason", error)).strip().splitlines() or [type(error).__name__]
+    inside = getattr(error, "reason", None)  # of a URLError: what went wrong, without the wrapping
+    reason = why_unreadable(inside if isinstance(inside, Exception) else error)
     return WeightsUnavailable(
-        f"the weights {weights} of {name} could not be fetched ({reason[0]}); give "
+        f"the weights {weights} of {name} could not be fetched: {reason}; give "
         "--checkpoint FILE with weights you have, or --weights none for a random network"
     )
 
@@ -244,11 +307,10 @@ def _misfit(
     name: str, extra: Mapping[str, Any], weights: WeightsEnum | None, error: Exception
 ) -> AttnSurgeonError:
     told = ", ".join(f"{key}={value!r}" for key, value in extra.items())
-    first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
     remedy = ""
     if weights is not None and "num_classes" in extra:
         remedy = f"; {weights} has its own classes: give --checkpoint FILE, or --weights none"
-    return BadOption(f"{name} cannot be built with {told}: {first}{remedy}")
+    return BadOption(f"{name} cannot be built with {told}: {first_line(error)}{remedy}")
 
 
 @contextmanager
@@ -285,7 +347,7 @@ def rebuild_host(card: HostCard, *, weightless: bool = False) -> nn.Module:
     elif name not in list_models():
         raise BadFile(f"the recipe's host {name!r} is no torchvision model")
     try:
-        with _weightless() if weightless else nullcontext():
+        with weights_on_meta() if weightless else nullcontext():
             model = _build(name, arguments)
     except AttnSurgeonError as error:
         raise BadFile(f"the recipe's host cannot be built: {error}") from error
@@ -293,8 +355,21 @@ def rebuild_host(card: HostCard, *, weightless: bool = False) -> nn.Module:
     return model.eval()
 
 
+class _EmptyOnMeta(TorchFunctionMode):
+    """Have torch.empty, which weights begin with, ask for no memory: they may be of any size."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Run any other function as it is."""
+        kwargs = dict(kwargs or {})
+        if func is torch.empty and kwargs.get("device") is None:
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
+
+
 @contextmanager
-def _weightless() -> Iterator[None]:
+def weights_on_meta() -> Iterator[None]:
     """Put every parameter that is made inside on the meta device.
 
     `torch.device("meta")` would do so with everything, and some networks compute with small
@@ -309,7 +384,8 @@ def _weightless() -> Iterator[None]:
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
     try:
-        yield
+        with _EmptyOnMeta():
+            yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
@@ -347,8 +423,8 @@ def _if_same(
     if get_model_builder(name).__module__ != kind.__module__:
         return None
     try:
-        with _weightless():
-            candidate = get_model(name, weights=None, **arguments)
+        with weights_on_meta():
+            candidate = _construct(name, arguments, None)
     except (TypeError, ValueError, RuntimeError, NotImplementedError):
         return None
     same = type(candidate) is kind and repr(candidate) == wanted

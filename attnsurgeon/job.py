@@ -14,7 +14,14 @@ from attnsurgeon.cost import multiply_adds
 from attnsurgeon.errors import BadOption, IdentityBroken
 from attnsurgeon.export import Artifact, export_model, export_suffixes
 from attnsurgeon.export.format import format_for
-from attnsurgeon.host import HostCard, card_of, load_host
+from attnsurgeon.host import (
+    DEFAULT_WEIGHTS,
+    NO_WEIGHTS,
+    HostCard,
+    card_of,
+    check_host,
+    load_host,
+)
 from attnsurgeon.operation import operate
 from attnsurgeon.outputs import check_output
 from attnsurgeon.plan import Cut, Plan, check_request, make_plan
@@ -40,7 +47,7 @@ class InsertJob:
     every: int = 1
     placement: str = "post"
     options: Mapping[str, Any] = field(default_factory=dict)
-    weights: str = "DEFAULT"
+    weights: str = DEFAULT_WEIGHTS
     checkpoint: Path | None = None
     num_classes: int | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
@@ -105,7 +112,7 @@ class Insertion:
 def open_model(
     model: str,
     *,
-    weights: str = "DEFAULT",
+    weights: str = DEFAULT_WEIGHTS,
     checkpoint: Path | None = None,
     num_classes: int | None = None,
     arguments: Mapping[str, Any] | None = None,
@@ -117,8 +124,11 @@ def open_model(
         BadOption: an argument that a file cannot take.
     """
     if is_model_file(model):
-        if num_classes is not None or arguments:
-            raise BadOption(f"{model!r} is a file: its network is built already, without arguments")
+        if num_classes is not None or arguments or weights not in (DEFAULT_WEIGHTS, NO_WEIGHTS):
+            raise BadOption(
+                f"{model!r} is a file with a network of its own: of --weights, --num-classes and "
+                "--model-arg it takes none; give --checkpoint for other weights"
+            )
         loaded = load_model(model)
         if checkpoint is not None:
             from attnsurgeon.checkpoint import load_state, read_checkpoint
@@ -141,13 +151,21 @@ def run_insert(job: InsertJob, progress: Callable[[str], None] = lambda text: No
         AttnSurgeonError: see open_model, make_plan, operate, save_model and export_model.
     """
     check_request(job.block, placement=job.placement, every=job.every, options=job.options)
+    if not is_model_file(job.model):
+        check_host(
+            job.model,
+            weights=job.weights,
+            checkpoint=job.checkpoint,
+            num_classes=job.num_classes,
+        )
     output = _output(job)
     if not job.dry_run:
         check_output(output, force=job.force)
     progress(f"loading {job.model}")
+    fetches = not job.dry_run or job.checkpoint is not None or is_model_file(job.model)
     model = open_model(
         job.model,
-        weights="none" if job.dry_run and job.checkpoint is None else job.weights,
+        weights=job.weights if fetches else NO_WEIGHTS,
         checkpoint=job.checkpoint,
         num_classes=job.num_classes,
         arguments=job.arguments,
@@ -227,18 +245,19 @@ def _costs(model: nn.Module, plan: Plan) -> tuple[CutCost, ...]:
         attention = build_attention(model, cut)
         total = sum(p.numel() for p in attention.parameters())
         gates = sum(p.numel() for n, p in attention.named_parameters() if n.endswith("openness"))
-        costs.append(CutCost(cut, total - gates, gates, multiply_adds(attention, _reads(cut))))
+        macs = multiply_adds(attention, _reads(cut, next(attention.parameters()).dtype))
+        costs.append(CutCost(cut, total - gates, gates, macs))
     return tuple(costs)
 
 
-def _reads(cut: Cut) -> tuple[torch.Tensor, ...]:
+def _reads(cut: Cut, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
     """Return stand-ins for what the attention of a cut reads."""
-    out = torch.empty(cut.shape, device="meta")
+    out = torch.empty(cut.shape, dtype=dtype, device="meta")
     if cut.place.in_channels is None:
         return (out,)
     batch, _, height, width = cut.shape
     down, across = cut.place.stride
-    wide = torch.empty(batch, cut.place.in_channels, height * down, width * across, device="meta")
+    wide = out.new_empty(batch, cut.place.in_channels, height * down, width * across)
     return wide, out
 
 

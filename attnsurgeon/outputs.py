@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from attnsurgeon.errors import OutputRefused
+from attnsurgeon.errors import OutputRefused, first_line
 
 # How libraries that write by themselves tell of a failed write, apart from OSError.
 _WRITE_FAILURES = (
@@ -28,6 +29,15 @@ def check_output(path: str | os.PathLike[str], *, force: bool = False) -> Path:
         OutputRefused: the folder is missing or read-only, or something is there already.
     """
     target = Path(path)
+    try:
+        return _check(target, force)
+    except OSError as error:
+        if isinstance(error, OutputRefused):
+            raise
+        raise OutputRefused(f"{str(target)!r} cannot be written: {error.strerror}") from error
+
+
+def _check(target: Path, force: bool) -> Path:
     folder = target.parent
     if not folder.is_dir():
         raise OutputRefused(
@@ -35,9 +45,11 @@ def check_output(path: str | os.PathLike[str], *, force: bool = False) -> Path:
         )
     if target.is_dir():
         raise OutputRefused(f"{str(target)!r} is a folder; name a file in it with -o")
-    if target.exists() and not force:
+    if target.exists() and not target.is_file():
+        raise OutputRefused(f"{str(target)!r} is no plain file; choose another -o")
+    if os.path.lexists(target) and not force:
         raise OutputRefused(f"{str(target)!r} exists; give --force to replace it, or another -o")
-    if not os.access(folder, os.W_OK):
+    if not os.access(folder, os.W_OK | os.X_OK):
         raise OutputRefused(f"the folder {str(folder)!r} is read-only; choose another -o")
     return target
 
@@ -52,11 +64,11 @@ def atomic_output(path: str | os.PathLike[str], *, force: bool = False) -> Itera
         OutputRefused: see check_output; or the disk is full or the write failed otherwise.
     """
     target = check_output(path, force=force)
-    part = target.with_name(f".{target.name}.{os.getpid()}.part")
+    part = target.with_name(f".attnsurgeon-{secrets.token_hex(8)}.part")  # short: names can be long
     try:
         yield part
         _flush(part)
-        if target.exists() and not force:  # it appeared while this one was made
+        if os.path.lexists(target) and not force:  # it appeared while this one was made
             raise OutputRefused(f"{str(target)!r} exists; give --force to replace it")
         part.replace(target)
     except OutputRefused:
@@ -74,10 +86,11 @@ def atomic_output(path: str | os.PathLike[str], *, force: bool = False) -> Itera
 
 
 def _refusal(target: Path, error: Exception) -> OutputRefused:
-    reason = str(error).strip().splitlines()[0]
-    free = shutil.disk_usage(target.parent).free // 2**20
+    room = ""
+    with suppress(OSError):  # the folder may be gone
+        room = f" ({shutil.disk_usage(target.parent).free // 2**20} MiB are free there)"
     return OutputRefused(
-        f"could not write {str(target)!r}: {reason}; nothing was kept ({free} MiB are free there)"
+        f"could not write {str(target)!r}: {first_line(error)}; nothing was kept{room}"
     )
 
 

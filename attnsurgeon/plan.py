@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import fnmatch
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from torch import nn
@@ -22,8 +23,13 @@ from attnsurgeon.errors import (
     nearest,
 )
 from attnsurgeon.observe import Shape
+from attnsurgeon.schema import read_as
 from attnsurgeon.sites import PLACEMENTS, Site
 from attnsurgeon.wiring import Splice
+
+_CHILD = re.compile(r"attention_[a-z]+(_[0-9]+)?")
+_MOST = 2**24
+"""Of channels and pixels that a file may ask for: products of them must not overflow."""
 
 
 @dataclass(frozen=True)
@@ -62,27 +68,34 @@ class Cut:
         """Read what `to_json` wrote.
 
         Raises:
-            BadFile: a field is missing or of the wrong kind.
+            BadFile: a field is missing, unknown, of the wrong kind or out of range.
+            UnknownName, BadOption: no such block or option.
         """
         try:
-            place, splice = dict(data["place"]), dict(data["splice"])
-            place["stride"] = tuple(place["stride"])
-            splice["passed"] = tuple(splice["passed"])
-            block = str(data["block"])
-            return cls(
-                path=str(data["path"]),
-                placement=str(data["placement"]),
-                block=block,
-                options=blocks.check_options(block, data["options"]),
-                place=Place(**place),
-                shape=tuple(int(n) for n in data["shape"]),
-                splice=Splice(**splice),
-                seed=int(data["seed"]),
-            )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            cut: Cut = read_as(cls, data, "cut")
+            cut._check()
+            return replace(cut, options=blocks.check_options(cut.block, cut.options))
+        except ValueError as error:
             if isinstance(error, AttnSurgeonError):
                 raise
-            raise BadFile(f"the recipe has a cut that cannot be read: {error!r}") from error
+            raise BadFile(str(error)) from error
+
+    def _check(self) -> None:
+        """Refuse what no insertion writes; the child's name goes into source code.
+
+        Raises:
+            ValueError: a name or number out of range.
+            UnknownName: no such block.
+        """
+        if self.placement not in blocks.get(self.block).placements:
+            raise ValueError(f"{self.block} has no placement {self.placement!r}")
+        if self.splice.placement != self.placement or not _CHILD.fullmatch(self.splice.child):
+            raise ValueError(f"cut.splice is not one of placement {self.placement!r}")
+        place = self.place
+        widths = (place.channels, place.in_channels or 1, *place.stride, place.dilation)
+        numbers = (*widths, *self.shape, 1 + self.splice.tail)
+        if not all(1 <= number <= _MOST for number in numbers):
+            raise ValueError("a width or size of a cut is out of range")
 
 
 @dataclass(frozen=True)

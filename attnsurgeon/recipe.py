@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from attnsurgeon import gate
-from attnsurgeon.errors import BadFile
+from attnsurgeon.errors import AttnSurgeonError, BadFile
 from attnsurgeon.host import HostCard
+from attnsurgeon.operation import Certificate
 from attnsurgeon.plan import Cut
+from attnsurgeon.schema import read_as
 
 FORMAT = 1
 """Version of the file format; a newer one is refused, older ones are read for good."""
@@ -62,32 +64,44 @@ class Recipe:
         """Read what `dumps` wrote.
 
         Raises:
-            BadFile: not JSON, of a newer format, or with a field that cannot be read.
+            BadFile: not JSON, of a newer format, or with a field that no insertion writes.
         """
         try:
-            data = json.loads(text)
-            made_by = data["format"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise BadFile(f"{source} has a recipe that cannot be read: {error}") from error
-        if not isinstance(made_by, int) or made_by > FORMAT:
-            raise BadFile(
-                f"{source} is of format {made_by}, newer than this attnsurgeon reads ({FORMAT}); "
-                "update it: pip install -U attnsurgeon"
-            )
-        if data.get("gate") != gate.FORM:
-            raise BadFile(f"{source} has gates of the unknown form {data.get('gate')!r}")
-        try:
+            data = read_as(Mapping[str, Any], json.loads(text), "recipe")
+            made_by = read_as(int, data.pop("format", None), "format")
+            if made_by > FORMAT:
+                raise BadFile(
+                    f"it is of format {made_by}, newer than this attnsurgeon reads ({FORMAT}); "
+                    "update it: pip install -U attnsurgeon"
+                )
+            written: _Written = read_as(_Written, data, "recipe")
+            if written.gate != gate.FORM:
+                raise BadFile(f"its gates are of the unknown form {written.gate!r}")
+            cuts = tuple(Cut.from_json(cut) for cut in written.cuts)
+            if not cuts or len({cut.child for cut in cuts}) != len(cuts):
+                raise BadFile("it has no cuts, or two at the very same place")
+            shown = written.certificate
             return cls(
-                host=HostCard.from_json(data["host"]),
-                cuts=tuple(Cut.from_json(cut) for cut in data["cuts"]),
-                certificate=data["certificate"],
-                sha256=dict(data["sha256"]),
-                versions=dict(data["versions"]),
+                host=HostCard.from_json(written.host),
+                cuts=cuts,
+                certificate=shown.to_json() if shown is not None else None,
+                sha256=written.sha256,
+                versions=written.versions,
             )
-        except BadFile as error:
-            raise BadFile(f"{source}: {error}") from error
-        except (KeyError, TypeError, ValueError) as error:
-            raise BadFile(f"{source} has a recipe that cannot be read: {error!r}") from error
+        except (AttnSurgeonError, ValueError, RecursionError) as error:
+            raise BadFile(f"the recipe of {source} cannot be read: {error}") from error
+
+
+@dataclass(frozen=True)
+class _Written:
+    """The fields of a recipe as JSON gives them, beside its format."""
+
+    host: Mapping[str, Any]
+    cuts: tuple[Mapping[str, Any], ...]
+    gate: str
+    certificate: Certificate | None
+    sha256: Mapping[str, str]
+    versions: Mapping[str, str]
 
 
 def package_versions() -> dict[str, str]:

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 
 from attnsurgeon.checkpoint import check_readable, fit_state, load_state
 from attnsurgeon.errors import AttnSurgeonError, BadFile, CheckpointMismatch, HostUnusable
-from attnsurgeon.host import HostCard, card_of, give_card, rebuild_host, recognise
+from attnsurgeon.host import (
+    HostCard,
+    card_of,
+    give_card,
+    host_names,
+    rebuild_host,
+    recognise,
+    weights_on_meta,
+)
 from attnsurgeon.operation import Certificate, certificate_of, give_certificate
 from attnsurgeon.outputs import atomic_output
 from attnsurgeon.plan import Plan
@@ -97,9 +105,14 @@ def _separate(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def is_model_file(text: str | os.PathLike[str]) -> bool:
-    """Tell whether a MODEL argument is meant as a file rather than as a name."""
+    """Tell whether a MODEL argument is meant as a file rather than as a host's name."""
     path = Path(text)
-    return path.suffix == ".safetensors" or path.is_file()
+    if path.suffix == ".safetensors" or str(text) in host_names():
+        return path.suffix == ".safetensors"  # a file called like a model is meant as ./resnet50
+    try:
+        return path.is_file()
+    except OSError:  # too long for a name of either
+        return False
 
 
 def read_recipe(path: str | os.PathLike[str]) -> Recipe:
@@ -140,13 +153,8 @@ def load_model(path: str | os.PathLike[str], host: nn.Module | None = None) -> n
     source = repr(str(path))
     try:
         state = load_file(path)
-        if host is None:
-            host = rebuild_host(recipe.host, weightless=True) if recipe.host.name else None
-            if host is not None:  # refuse before any memory is taken that the recipe asks for
-                _check_fit(host, recipe, state, source)
-            model = rebuild_host(recipe.host)
-        else:
-            model = _own_host(host, recipe)
+        _rehearse(host, recipe, state, source)
+        model = _new_host(host, recipe)
         apply_plan(model, Plan(recipe.cuts))
         load_state(model, state, source)
     except SafetensorError as error:
@@ -159,18 +167,33 @@ def load_model(path: str | os.PathLike[str], host: nn.Module | None = None) -> n
         raise BadFile(f"the recipe of {source} does not fit: {error}") from error
     give_card(model, recipe.host)
     if recipe.certificate is not None:
-        certificate = dict(recipe.certificate)
-        certificate["inputs"] = tuple(certificate["inputs"])
-        give_certificate(model, Certificate(**certificate))
+        give_certificate(model, Certificate(**recipe.certificate))
     return model.eval()
 
 
-def _check_fit(plain: nn.Module, recipe: Recipe, state: dict[str, Tensor], source: str) -> None:
-    original = {key: t for key, t in state.items() if key in plain.state_dict()}
-    fit_state(plain, original, source)
+def _rehearse(
+    host: nn.Module | None, recipe: Recipe, state: dict[str, Tensor], source: str
+) -> None:
+    """Refuse a recipe that does not fit its tensors before it takes any memory it asks for.
+
+    Raises:
+        CheckpointMismatch: a tensor is missing, left over or of another shape.
+        BadFile: the recipe has hashes of other tensors than the original ones.
+        AttnSurgeonError: see rebuild_host and apply_plan.
+    """
+    with weights_on_meta():
+        model = _new_host(host, recipe).to("meta")
+        apply_plan(model, Plan(recipe.cuts))
+    fit_state(model, state, source)
+    paths = attention_paths(model)
+    if {key for key in state if not is_new_key(key, paths)} != set(recipe.sha256):
+        raise BadFile("its hashes are not those of the original tensors")
 
 
-def _own_host(host: nn.Module, recipe: Recipe) -> nn.Module:
+def _new_host(host: nn.Module | None, recipe: Recipe) -> nn.Module:
+    """Return a plain network to operate on: of the recipe's name, or a copy of the user's own."""
+    if host is None:
+        return rebuild_host(recipe.host)
     if type(host).__name__ != recipe.host.class_name:
         raise HostUnusable(
             f"the file was made from {recipe.host.class_name}, not from {type(host).__name__}"

@@ -17,7 +17,7 @@ from attnsurgeon.borrow import (
     borrowed_randomness,
     borrowed_values,
 )
-from attnsurgeon.errors import HostUnusable, IdentityBroken
+from attnsurgeon.errors import HostUnusable, IdentityBroken, first_line
 from attnsurgeon.gate import named_gates
 from attnsurgeon.observe import runs_on
 
@@ -68,9 +68,29 @@ def record(model: nn.Module, inputs: Sequence[Inputs]) -> list[Run]:
     """Run a model on each input in eval and train mode; the model is left as it was.
 
     Raises:
-        HostUnusable: the model itself returns NaN, which nothing can be compared with.
+        HostUnusable: the model itself fails, or returns NaN, which nothing can be compared with.
     """
-    return [_run(model, batch, mode) for mode in MODES for batch in inputs]
+    runs = []
+    for mode in MODES:
+        for batch in inputs:
+            try:
+                run = _run(model, batch, mode)
+            except Exception as error:  # it is the user's network: any failure is its own
+                raise HostUnusable(
+                    f"{type(model).__name__} fails on {_shapes(batch)} in {mode} mode: "
+                    f"{first_line(error)}; give a network and weights that run"
+                ) from error
+            if any(isinstance(leaf, Tensor) and leaf.isnan().any() for leaf in run.leaves):
+                raise HostUnusable(
+                    f"{type(model).__name__} itself returns NaN in {mode} mode, which nothing can "
+                    "be compared with; give weights without NaN"
+                )
+            runs.append(run)
+    return runs
+
+
+def _shapes(inputs: Any) -> list[list[int]]:
+    return [list(leaf.shape) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
 
 
 def _run(model: nn.Module, inputs: Inputs, mode: str) -> Run:
@@ -96,7 +116,7 @@ def compare(before: Sequence[Run], after: nn.Module) -> Verdict:
     differences: list[str] = []
     compared: list[dict[str, Any]] = []
     for old in before:
-        shapes = [list(leaf.shape) for leaf in tree_leaves(old.inputs) if isinstance(leaf, Tensor)]
+        shapes = _shapes(old.inputs)
         compared.append({"mode": old.mode, "shapes": shapes})
         new = _run(after, old.inputs, old.mode)
         differences += [f"{old.mode} {shapes}: {text}" for text in _differences(old, new)]

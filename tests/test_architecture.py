@@ -13,7 +13,7 @@ ROOT = PACKAGE.parent
 
 FLOORS = [
     {"errors", "digits"},
-    {"registry", "gate", "borrow", "outputs"},
+    {"registry", "gate", "borrow", "outputs", "schema"},
     {"blocks"},
     {"checkpoint", "observe", "wiring", "cost"},
     {"sites"},

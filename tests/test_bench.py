@@ -321,6 +321,28 @@ class TestRace:
         found = timing.race([runner], 20)
         assert machine.moves(runner) == len(found.rounds) == timing.MAX_ROUNDS
 
+    def test_the_first_of_a_round_is_as_warm_as_any_first(self):
+        log = []
+
+        def runner(name):
+            return timing.Runner(lambda: log.append(name), lambda: log.append("move"))
+
+        timing.race([runner("a"), runner("b")], 1e-9)
+        text = "".join(name[0] for name in log)
+        rounds = text.split("mm")[1:]
+        assert rounds == ["bbaaab", "aabbba"] * 2 + ["bbaaab"]
+
+    def test_short_measurements_have_many_pairs_too(self, machine):
+        found = timing.race([machine.runner(1, moving_ms=0), machine.runner(1, moving_ms=0)], 1)
+        assert sum(map(len, found.rounds)) >= 40
+
+    def test_the_warm_up_is_shared_and_long(self, machine):
+        moved_at = []
+        calls = machine.runner(5)
+        runner = timing.Runner(calls.call, lambda: moved_at.append(machine.now_ns / 1e9))
+        timing.race([calls, runner], 20)
+        assert 1 <= moved_at[0] < 1.1
+
     def test_costly_moves_make_fewer_rounds(self, machine):
         found = timing.race([machine.runner(5, moving_ms=600)], 20)
         assert timing.MIN_ROUNDS <= len(found.rounds) < timing.MAX_ROUNDS
@@ -654,17 +676,27 @@ class TestOnnxRuntime:
     def test_a_move_makes_a_new_session(self, tiny_onnx, monkeypatch):
         made = []
 
-        def counted(*args, **kwargs):
-            made.append(kwargs)
-            return exported.session_for(*args, **kwargs)
+        class Session:
+            def __init__(self, path, **options):
+                made.append(options)
+                self.number = len(made)
 
-        monkeypatch.setattr(engines, "session_for", counted)
-        place = engines.Place(torch.device("cpu"), 3, tiny_onnx.parent)
+            def get_providers(self):
+                return ["CPUExecutionProvider"]
+
+            def get_inputs(self):
+                return []
+
+            def run(self, names, feed):
+                return self.number
+
         (target,) = targets.read_targets([tiny_onnx])
-        runner = engines.get("onnxruntime").prepare(target, (torch.randn(1, 3, 20, 24),), place)
-        before = runner.call()[0]
+        monkeypatch.setattr(engines, "session_for", Session)
+        place = engines.Place(torch.device("cpu"), 3, tiny_onnx.parent)
+        runner = engines.get("onnxruntime").prepare(target, (), place)
+        assert runner.call() == 1
         runner.move()
-        assert np.array_equal(runner.call()[0], before)
+        assert runner.call() == 2
         assert made == [{"threads": 3, "provider": "CPUExecutionProvider"}] * 2
 
     def test_a_fallback_fails(self, tiny_onnx, monkeypatch):
@@ -788,6 +820,14 @@ class TestBadInput:
             compare_speed(**options)
         assert caught.value.exit_code == 2
         assert "\n" not in str(caught.value)
+
+    def test_an_engine_without_cuda_is_refused_before_another_one_is_timed(self, monkeypatch):
+        if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+            pytest.skip("onnxruntime-gpu is installed")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        with pytest.raises(EngineUnavailable, match="no CUDAExecutionProvider"):
+            compare_speed(["digits"], engines=("eager", "onnxruntime"), device="cuda:0")
 
     @pytest.mark.parametrize("device", ["cuda", "cuda:1"])
     def test_no_cuda(self, device, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -15,6 +16,7 @@ from attnsurgeon.errors import AttnSurgeonError, OutputRefused
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 # Typer's own usage errors (an unknown flag, a missing argument) are not public by name.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
@@ -144,14 +146,20 @@ def complain(text: str) -> None:
     """Print one line on stderr."""
     from rich.text import Text
 
-    _console(stderr=True).print(Text.assemble(("error:", "bold red"), f" {_one_line(text)}"))
+    _console(stderr=True, soft_wrap=True).print(
+        Text.assemble(("error:", "bold red"), f" {_one_line(text)}")
+    )
 
 
 def tell(text: str) -> None:
     """Print one line of progress or notice on stderr."""
     from rich.text import Text
 
-    _console(stderr=True).print(Text(_one_line(text), "dim"))
+    _log(Text(_one_line(text), "dim"))
+
+
+def _log(line: Text) -> None:
+    _console(stderr=True, soft_wrap=True).print(line)
 
 
 def _one_line(text: str) -> str:
@@ -160,24 +168,19 @@ def _one_line(text: str) -> str:
 
 def say(*things: Any) -> None:
     """Print results on stdout: in colour only on a terminal, and wide where there is none."""
-    console = _console(stderr=False)
+    page = io.StringIO()
+    console = _console(file=page, force_terminal=sys.stdout.isatty() or None)
     if not console.is_terminal:
         console.width = max(console.width, 140)
-    with console.capture() as captured:
-        console.print(*things)
-    _write(captured.get())
+    console.print(*things)
+    _write(page.getvalue())
 
 
-def _console(*, stderr: bool) -> Console:
+def _console(**settings: Any) -> Console:
     from rich.console import Console  # 0.03 s that --help need not wait for
 
     plain = bool(os.environ.get("NO_COLOR"))  # no bold either, which rich would keep
-    return Console(
-        stderr=stderr,
-        soft_wrap=stderr,
-        highlight=False,
-        color_system=None if plain else "auto",
-    )
+    return Console(highlight=False, color_system=None if plain else "auto", **settings)
 
 
 def say_json(thing: Any) -> None:
