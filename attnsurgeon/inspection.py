@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
+from attnsurgeon.card import card_of
 from attnsurgeon.errors import IdentityBroken
 from attnsurgeon.export.proof import gate_values, gates_at
-from attnsurgeon.host import card_of
 from attnsurgeon.recipe import sha256_of
 from attnsurgeon.store import load_model, load_plain, read_recipe
 from attnsurgeon.verify import (

@@ -10,18 +10,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from attnsurgeon.card import HostCard, card_of
 from attnsurgeon.cost import multiply_adds
 from attnsurgeon.errors import BadOption, IdentityBroken
 from attnsurgeon.export import Artifact, export_model, export_suffixes
 from attnsurgeon.export.format import format_for
-from attnsurgeon.host import (
-    DEFAULT_WEIGHTS,
-    NO_WEIGHTS,
-    HostCard,
-    card_of,
-    check_host,
-    load_host,
-)
+from attnsurgeon.host import DEFAULT_WEIGHTS, NO_WEIGHTS, check_host, load_host
 from attnsurgeon.operation import operate
 from attnsurgeon.outputs import check_output
 from attnsurgeon.plan import Cut, Plan, check_request, make_plan

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from attnsurgeon.host import HostCard, card_of, give_card
+from attnsurgeon.card import HostCard, card_of, give_card
 from attnsurgeon.plan import Plan, make_plan
 from attnsurgeon.sites import as_inputs, find_sites
 from attnsurgeon.surgery import apply_plan

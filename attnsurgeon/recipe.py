@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from attnsurgeon import gate
+from attnsurgeon.card import HostCard
 from attnsurgeon.errors import AttnSurgeonError, BadFile
-from attnsurgeon.host import HostCard
 from attnsurgeon.operation import Certificate
 from attnsurgeon.plan import Cut
 from attnsurgeon.schema import read_as

@@ -10,17 +10,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from attnsurgeon.builder import weights_on_meta
+from attnsurgeon.card import HostCard, card_of, give_card
 from attnsurgeon.checkpoint import check_readable, fit_state, load_state
 from attnsurgeon.errors import AttnSurgeonError, BadFile, CheckpointMismatch, HostUnusable
-from attnsurgeon.host import (
-    HostCard,
-    card_of,
-    give_card,
-    host_names,
-    rebuild_host,
-    recognise,
-    weights_on_meta,
-)
+from attnsurgeon.host import host_names, rebuild_host, recognise
 from attnsurgeon.operation import Certificate, certificate_of, give_certificate
 from attnsurgeon.outputs import atomic_output
 from attnsurgeon.plan import Plan

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from attnsurgeon import blocks
-from attnsurgeon.host import HostCard, rebuild_host
+from attnsurgeon.card import HostCard
+from attnsurgeon.host import rebuild_host
 from attnsurgeon.plan import make_plan
 from attnsurgeon.sites import find_sites
 from attnsurgeon.surgery import apply_plan, count_parameters

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 
 from attnsurgeon.bench.exported import Fixed, read_onnx, read_torchscript
 from attnsurgeon.borrow import borrowed_randomness
+from attnsurgeon.card import card_of
 from attnsurgeon.checkpoint import check_readable
 from attnsurgeon.errors import BadFile, BadOption
 from attnsurgeon.gate import named_gates
-from attnsurgeon.host import card_of, host_names, load_host
+from attnsurgeon.host import host_names, load_host
 from attnsurgeon.sites import as_inputs
 from attnsurgeon.store import load_model, load_plain
 from attnsurgeon.surgery import cuts_of, remove_attention

@@ -35,8 +35,8 @@ def sites(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
 ) -> None:
     """Show the residual blocks that one forward pass finds, with their measured shapes."""
+    from attnsurgeon.card import HostCard, card_of
     from attnsurgeon.cli.insert import literals
-    from attnsurgeon.host import HostCard, card_of
     from attnsurgeon.job import open_model
     from attnsurgeon.report.sites import show_sites, site_to_json
     from attnsurgeon.sites import find_sites

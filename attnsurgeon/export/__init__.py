@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from attnsurgeon.borrow import borrowed_randomness
+from attnsurgeon.card import HostCard, card_of
 from attnsurgeon.errors import BadOption, ExportDiffers, HostUnusable
 from attnsurgeon.export.format import Draft, Format, Settings, format_for, formats
 from attnsurgeon.export.proof import Check, check_file, gate_values, opened_values
-from attnsurgeon.host import HostCard, card_of
 from attnsurgeon.observe import runs_on
 from attnsurgeon.outputs import atomic_output
 from attnsurgeon.sites import default_example

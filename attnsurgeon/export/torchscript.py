@@ -84,7 +84,10 @@ class _ScriptDraft(Draft):
             parameters = dict(twin.named_parameters())
             for name, value in gates.items():
                 parameters[name].copy_(value)
-            torch.jit.save(twin, path, _extra_files=self.metadata)
+            written = io.BytesIO()
+            torch.jit.save(twin, written, _extra_files=self.metadata)
+        # Written by Python: on a full disk torch.jit.save would end the whole process.
+        path.write_bytes(written.getbuffer())
 
 
 @register(".pt")

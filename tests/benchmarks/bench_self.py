@@ -15,7 +15,8 @@ from pathlib import Path
 
 import attnsurgeon
 from attnsurgeon.bench import Comparison, engine_names
-from attnsurgeon.host import card_of, load_host
+from attnsurgeon.card import card_of
+from attnsurgeon.host import load_host
 
 BLOCK = "se"
 WIDEST = 0.02
