@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from attnsurgeon.card import HostCard, card_of
 from attnsurgeon.cost import multiply_adds
 from attnsurgeon.errors import BadOption, IdentityBroken
 from attnsurgeon.export import Artifact, export_model, export_suffixes
@@ -20,7 +19,7 @@ from attnsurgeon.operation import operate
 from attnsurgeon.outputs import check_output
 from attnsurgeon.plan import Cut, Plan, check_request, make_plan
 from attnsurgeon.recipe import sha256_of
-from attnsurgeon.sites import find_sites
+from attnsurgeon.sites import as_inputs, find_sites
 from attnsurgeon.store import is_model_file, load_model, save_model
 from attnsurgeon.surgery import attention_paths, build_attention, count_parameters, is_new_key
 from attnsurgeon.verify import Liveness, Verdict
@@ -164,8 +163,7 @@ def run_insert(job: InsertJob, progress: Callable[[str], None] = lambda text: No
         num_classes=job.num_classes,
         arguments=job.arguments,
     )
-    card = card_of(model) or HostCard(None, type(model).__name__)
-    example = card.example(next(model.parameters()))
+    example = as_inputs(model, None)
     plan = make_plan(
         model,
         find_sites(model, example),

@@ -81,7 +81,8 @@ def insert_attention(
         stage: stages to choose from, numbered from 1 by feature size.
         every: take each `every`-th of the chosen sites.
         placement: post, standard, pre, identity, conv or replace.
-        example: an input, or a tuple of inputs; a (1, C, 224, 224) image batch by default.
+        example: an input, or a tuple of inputs; by default that of the network's card, or a
+            (1, C, 224, 224) image batch.
         seed: of the new weights; the same seed gives the same weights.
         **options: of the block, such as reduction=8.
 

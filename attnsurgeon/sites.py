@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from attnsurgeon import blocks
 from attnsurgeon.blocks.block import Place
+from attnsurgeon.card import card_of
 from attnsurgeon.errors import HostUnusable, NoSites, PlacementUnavailable
 from attnsurgeon.observe import Addition, Convolution, Observation, Shape, observe
 from attnsurgeon.wiring import (
@@ -83,8 +84,8 @@ def find_sites(model: nn.Module, example: Any = None) -> list[Site]:
 
     Args:
         model: any network; it is watched through one forward pass and left as it was.
-        example: an input, or a tuple of inputs; shapes are measured with it. By default a
-            (1, C, 224, 224) image batch with the channels of the first convolution.
+        example: an input, or a tuple of inputs; shapes are measured with it. By default that of
+            the model's card, or a (1, C, 224, 224) image with the first convolution's channels.
 
     Raises:
         HostUnusable: the model is wrapped or scripted, or does not run with this input.
@@ -118,9 +119,14 @@ def check_operable(model: nn.Module) -> None:
 
 
 def as_inputs(model: nn.Module, example: Any) -> tuple[Any, ...]:
-    """Return the positional inputs that an example stands for; the default is one image batch."""
+    """Return the positional inputs that an example stands for.
+
+    The default is what the model's card says, or else one image batch of 224 px.
+    """
     if example is None:
-        return (default_example(model),)
+        card = card_of(model)
+        like = next(iter(model.parameters()), None)
+        return card.example(like) if card else (default_example(model),)
     return tuple(example) if isinstance(example, tuple | list) else (example,)
 
 

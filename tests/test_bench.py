@@ -3,6 +3,7 @@
 import gc
 import json
 import math
+import os
 import tempfile
 import time
 from pathlib import Path
@@ -271,14 +272,14 @@ class TestRace:
 
     def test_a_copy_against_itself_holds_one_within_two_percent(self, monkeypatch):
         held = 0
-        for seed in range(20):
+        for seed in range(12):
             machine = FakeMachine(seed)
             monkeypatch.setattr(timing, "clock_ns", machine.clock)
             pair = [machine.runner(50, noise=0.03, placement=0.004) for _ in range(2)]
             found = ratio_of(timing.race(pair, 20))
             assert (found.high - found.low) / 2 < 0.02
             held += found.low <= 1 <= found.high
-        assert held >= 18
+        assert held >= 11
 
     def test_a_ratio_comes_from_both_orders(self):
         rounds = (([2.0, 8.0], [2.0, 2.0], [1.0, 3.0]), ([2.0, 6.0],))
@@ -419,7 +420,7 @@ class TestReport:
         report = compare_speed(["digits"], **QUICK)
         assert report.comparisons == ()
         assert [run.weights for run in report.runs] == ["random"]
-        assert report.environment["notes"] == ["digits has random weights"]
+        assert "digits has random weights" in report.environment["notes"]
 
     def test_the_environment_says_where_it_ran(self):
         found = compare_speed(["digits"], **QUICK).environment
@@ -431,6 +432,14 @@ class TestReport:
         assert found["cpu"]
         assert found["seconds"] == QUICK["seconds"]
         assert "0.25 to 0.75" in found["gates"]
+
+    @pytest.mark.skipif(not hasattr(os, "getloadavg"), reason="the system does not tell its load")
+    def test_a_busy_machine_is_said_to_be_one(self, monkeypatch):
+        for load, doubts in ((0.0, 0), (99.0, 1)):
+            monkeypatch.setattr(os, "getloadavg", lambda load=load: (load, 0, 0))
+            found = environment.describe(torch.device("cpu"), 1, 1.0, [])
+            assert found["load_average"] == load
+            assert len(found["notes"]) == doubts
 
     def test_progress_rises_from_0_to_1(self):
         told = []
@@ -522,7 +531,7 @@ class TestOptions:
 
     def test_seconds(self, digits_file):
         short, long = (
-            compare_speed([digits_file], **{**QUICK, "seconds": s}).runs[0] for s in (0.05, 1.5)
+            compare_speed([digits_file], **{**QUICK, "seconds": s}).runs[0] for s in (0.05, 0.8)
         )
         assert len(long.samples_ms) > len(short.samples_ms)
 
@@ -705,6 +714,12 @@ class TestOnnxRuntime:
         )
         with pytest.raises(EngineUnavailable, match="fell back to AzureExecutionProvider"):
             compare_speed([tiny_onnx], engines=("onnxruntime",), **QUICK)
+
+    def test_no_bfloat16(self):
+        with pytest.raises(EngineUnavailable, match="no bfloat16 from Python: leave Tiny"):
+            compare_speed(
+                [Tiny().bfloat16()], engines=("onnxruntime",), input_size=(16, 16), **QUICK
+            )
 
     def test_no_cuda_provider(self):
         if "CUDAExecutionProvider" in onnxruntime.get_available_providers():

@@ -300,6 +300,17 @@ class TestChoosing:
             make_plan(hosts.host("resnet18"), self.SITES, "se", placement="standrad")
 
 
+def test_the_card_of_a_host_gives_the_example(tmp_path):
+    """Nobody has to say that digits are 32 px: not at insertion, not after loading."""
+    from attnsurgeon.host import load_host
+
+    operated = attnsurgeon.insert_attention(load_host("digits"), "se")
+    attnsurgeon.save_model(operated, tmp_path / "x.safetensors")
+    loaded = attnsurgeon.load_model(tmp_path / "x.safetensors")
+    assert find_sites(loaded)[0].shape[2:] == (16, 16)
+    assert attnsurgeon.export_model(loaded, tmp_path / "x.pt").checks[0].size == (32, 32)
+
+
 class TestUnusable:
     def test_no_residual_block(self):
         plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())

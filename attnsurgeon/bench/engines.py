@@ -167,9 +167,14 @@ def run_onnxruntime(target: Target, inputs: Inputs, place: Place) -> Runner:
     """Run the network as it would be exported to .onnx; an .onnx file as it is.
 
     Raises:
-        EngineUnavailable: the session fell back to another provider than the device's.
+        EngineUnavailable: the session fell back to another provider than the device's, or the
+            network takes bfloat16.
     """
     provider = _provider(place.device)
+    if any(isinstance(part, Tensor) and part.dtype == torch.bfloat16 for part in inputs):
+        raise EngineUnavailable(
+            f"onnxruntime takes no bfloat16 from Python: leave {target.name} or onnxruntime out"
+        )
     path = target.file if target.model is None else _exported(target, inputs, place.folder)
     assert path is not None  # a target without a module is a file
     session = session_for(path, threads=place.threads, provider=provider)

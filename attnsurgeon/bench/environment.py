@@ -45,17 +45,18 @@ def describe(
 ) -> dict[str, Any]:
     """Return what the times depend on, as plain values.
 
-    `seconds` is the measuring time for each engine and batch; `load_average` that of the last
-    minute, before the measurement.
+    `seconds` is the measuring time for each engine and batch; `load_average` is that of the last
+    minute before the measurement, 0 where the system does not tell.
     """
     is_cuda = device.type == "cuda"
+    affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
+    usable = len(affinity(0)) if affinity else os.cpu_count() or 1
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     return {
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
-        "usable_cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count(),
-        "load_average": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "usable_cores": usable,
+        "load_average": round(load, 2),
         "threads": threads,
         "device": str(device),
         "gpu": torch.cuda.get_device_name(device) if is_cuda else None,
@@ -65,16 +66,24 @@ def describe(
         **{name: _version(name) for name in PACKAGES},
         "seconds": seconds,
         "gates": f"open at random in {GATES[0]} to {GATES[1]}",
-        "notes": _notes(targets),
+        "notes": [*_notes(targets), *_doubts(load, usable)],
     }
 
 
 def _notes(targets: Sequence[Target]) -> list[str]:
     notes = [f"{t.name} has random weights" for t in targets if t.weights == "random"]
-    notes += [
-        f"{t.name} is timed with its gates as they are in the file" for t in targets if t.only
-    ]
+    exported = [t for t in targets if t.file and t.only]
+    notes += [f"{t.name} is timed with its gates as they are in the file" for t in exported]
     return list(dict.fromkeys(notes))
+
+
+def _doubts(load: float, cores: int) -> list[str]:
+    if load <= cores / 2:
+        return []
+    return [
+        f"the machine was busy before the measurement (load {load:.1f} on {cores} cores): "
+        "intervals are wider than they need be"
+    ]
 
 
 def _cpu_name() -> str:

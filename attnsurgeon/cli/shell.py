@@ -146,9 +146,7 @@ def complain(text: str) -> None:
     """Print one line on stderr."""
     from rich.text import Text
 
-    _console(stderr=True, soft_wrap=True).print(
-        Text.assemble(("error:", "bold red"), f" {_one_line(text)}")
-    )
+    _log(Text.assemble(("error:", "bold red"), f" {_one_line(text)}"))
 
 
 def tell(text: str) -> None:

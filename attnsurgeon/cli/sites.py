@@ -35,7 +35,6 @@ def sites(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
 ) -> None:
     """Show the residual blocks that one forward pass finds, with their measured shapes."""
-    from attnsurgeon.card import HostCard, card_of
     from attnsurgeon.cli.insert import literals
     from attnsurgeon.job import open_model
     from attnsurgeon.report.sites import show_sites, site_to_json
@@ -44,6 +43,5 @@ def sites(
     tell(f"watching {model}")
     arguments = literals(read_assignments(model_arg or (), "--model-arg"))
     network = open_model(model, weights="none", arguments=arguments)
-    card = card_of(network) or HostCard(None, type(network).__name__)
-    found = find_sites(network, card.example(next(network.parameters())))
+    found = find_sites(network)
     say_json([site_to_json(s) for s in found]) if as_json else say(show_sites(model, found))

@@ -33,4 +33,5 @@ def show_report(report: Report) -> RenderableType:
         f"{c['target']} against {c['baseline']}, {c['engine']}, batch {c['batch']}: {c['verdict']}"
         for c in data["comparisons"]
     ]
+    lines += [f"note: {note}" for note in data["environment"]["notes"]]
     return Group(runs, *(Text(line) for line in lines))
