@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -36,6 +37,40 @@ def borrowed_buffers(model: nn.Module) -> Iterator[None]:
             for module, name, buffer, content in held:
                 buffer.copy_(content)
                 module._buffers[name] = buffer
+
+
+@contextmanager
+def on_meta(model: nn.Module) -> Iterator[None]:
+    """Put stand-ins without memory in the place of all tensors, and the very tensors back.
+
+    Each module is visited once, by whatever paths it can be reached, and tied tensors stay tied.
+    """
+    stores: list[dict[str, Any]] = [
+        store for module in model.modules() for store in (module._parameters, module._buffers)
+    ]
+    held = [
+        (tensors, name, tensor)
+        for tensors in stores
+        for name, tensor in tensors.items()
+        if tensor is not None
+    ]
+    stand_ins: dict[int, torch.Tensor] = {}
+    try:
+        for tensors, name, tensor in held:
+            if id(tensor) not in stand_ins:
+                stand_ins[id(tensor)] = _without_memory(tensor)
+            tensors[name] = stand_ins[id(tensor)]
+        yield
+    finally:
+        for tensors, name, tensor in held:
+            tensors[name] = tensor
+
+
+def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
+    empty = torch.empty_like(tensor, device="meta")
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(empty, tensor.requires_grad)
+    return empty
 
 
 @contextmanager

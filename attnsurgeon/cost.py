@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from attnsurgeon.borrow import borrowed_modes, borrowed_randomness
+from attnsurgeon.borrow import borrowed_modes, borrowed_randomness, on_meta
 
 
 def multiply_adds(module: nn.Module, inputs: tuple[Any, ...]) -> int:
@@ -18,13 +18,9 @@ def multiply_adds(module: nn.Module, inputs: tuple[Any, ...]) -> int:
     Convolutions and matrix products count; elementwise operations and pooling do not. Nothing is
     computed and the module is left as it was.
     """
-    state = {
-        name: torch.empty_like(tensor, device="meta")
-        for name, tensor in (*module.named_parameters(), *module.named_buffers())
-    }
-    shapes = tree_map_only(Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), inputs)
     counter = FlopCounterMode(display=False)
-    with borrowed_modes(module), borrowed_randomness(0), torch.no_grad(), counter:
+    shapes = tree_map_only(Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), inputs)
+    with borrowed_modes(module), borrowed_randomness(0), on_meta(module), torch.no_grad(), counter:
         module.eval()
-        torch.func.functional_call(module, state, shapes)
+        module(*shapes)
     return int(counter.get_total_flops()) // 2

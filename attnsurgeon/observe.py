@@ -1,7 +1,7 @@
 """Watch one forward pass: which module adds what, which convolves, with which shapes.
 
-The pass runs on meta tensors (no memory, no arithmetic) through `functional_call`, so that the
-model's own parameters are never touched; a model that cannot run there runs for real, once. What
+The pass runs on meta tensors (no memory, no arithmetic) with stand-ins for the model's
+tensors, which are given back; a model that cannot run there runs for real, once. What
 attention already inserted does is left out: an operated network looks like its host.
 """
 
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attnsurgeon.blocks.block import AttentionBlock
-from attnsurgeon.borrow import borrowed_buffers, borrowed_modes, borrowed_randomness
+from attnsurgeon.borrow import borrowed_buffers, borrowed_modes, borrowed_randomness, on_meta
 from attnsurgeon.errors import HostUnusable
 
 Shape = tuple[int, ...]
@@ -76,6 +76,7 @@ class _Watch(TorchDispatchMode):
     def __init__(self, model: nn.Module, inputs: tuple[Any, ...]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # not annotated in torch
         self.model = model
+        self.inputs = inputs
         self.seen = Observation()
         self.stack: list[tuple[str, nn.Module]] = []
         # Everything computed from the input is kept alive, so that no id is used twice.
@@ -182,15 +183,18 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Observation:
 
 
 def _watch_on_meta(model: nn.Module, inputs: tuple[Any, ...]) -> Observation:
-    state = {
-        name: torch.empty_like(tensor, device="meta")
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-    }
-    inputs = tree_map_only(Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), inputs)
-    watch = _Watch(model, inputs)
-    with watch.hooks(), watch:
-        torch.func.functional_call(model, state, inputs)
+    watch = _Watch(model, stand_ins(inputs))
+    with watch.hooks(), on_meta(model), watch:
+        model(*watch.inputs)
     return watch.seen
+
+
+def stand_ins(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return inputs of the same shapes without memory."""
+    found: tuple[Any, ...] = tree_map_only(
+        Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), inputs
+    )
+    return found
 
 
 def _watch_for_real(model: nn.Module, inputs: tuple[Any, ...]) -> Observation:
@@ -209,18 +213,24 @@ def _watch_for_real(model: nn.Module, inputs: tuple[Any, ...]) -> Observation:
 
 
 def runs_on(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
-    """Tell whether the model takes inputs of these shapes in both modes, without computing."""
-    state = {
-        name: torch.empty_like(tensor, device="meta")
-        for name, tensor in (*model.named_parameters(), *model.named_buffers())
-    }
-    shapes = tree_map_only(Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), inputs)
+    """Tell whether the model takes inputs of these shapes in both modes.
+
+    Nothing is computed, unless the model makes tensors of its own, which need real ones beside.
+    """
     with borrowed_modes(model), borrowed_randomness(0), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        try:
-            for training in (False, True):
-                model.train(training)
-                torch.func.functional_call(model, state, shapes)
-        except Exception:  # any failure means the same: not on such inputs
-            return False
+        with on_meta(model):
+            if _runs_in_both_modes(model, stand_ins(inputs)):
+                return True
+        with borrowed_buffers(model):
+            return _runs_in_both_modes(model, inputs)
+
+
+def _runs_in_both_modes(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
+    try:
+        for training in (False, True):
+            model.train(training)
+            model(*inputs)
+    except Exception:  # any failure means the same: not on such inputs
+        return False
     return True

@@ -191,7 +191,7 @@ def _plan_cut(
     options: Mapping[str, Any],
     seed: int,
 ) -> Cut:
-    if block not in site.blocks:
+    if site.layout not in blocks.get(block).layouts:
         raise PlacementUnavailable(
             f"{block} cannot serve {site.path}: its feature map is {site.layout}"
         )

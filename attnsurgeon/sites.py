@@ -10,19 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from attnsurgeon import blocks
+from attnsurgeon.anatomy import ancestry, dissect, find_conv, find_tail, trace_own_forward
 from attnsurgeon.blocks.block import Place
 from attnsurgeon.card import card_of
 from attnsurgeon.errors import HostUnusable, NoSites, PlacementUnavailable
 from attnsurgeon.observe import Addition, Convolution, Observation, Shape, observe
-from attnsurgeon.wiring import (
-    Splice,
-    ancestry,
-    check_place,
-    dissect,
-    find_conv,
-    find_tail,
-    trace_own_forward,
-)
+from attnsurgeon.wiring import Splice, check_place
 
 PLACEMENTS = ("post", "standard", "pre", "identity", "conv", "replace")
 """All placements, by the names of the Squeeze-and-Excitation paper (section 6.4), and `replace`."""
@@ -181,6 +174,9 @@ def _spots(
     block: nn.Module, seen: Observation, addition: Addition
 ) -> tuple[dict[str, Spot], dict[str, str]]:
     """Try every placement in the block; return what is there, and why the rest is not."""
+    if "forward" in block.__dict__:
+        reason = "its forward is set on the object and not by its class"
+        return {}, dict.fromkeys(PLACEMENTS, reason)
     spots: dict[str, Spot] = {}
     refused: dict[str, str] = {}
     passed = _passed(block, seen, addition.path)
@@ -190,6 +186,8 @@ def _spots(
         middle, tail = _middle_conv(block, seen, addition.path, passed)
     except PlacementUnavailable as error:
         refused = {"conv": str(error), "replace": str(error)}
+    if seen.visits[addition.path].out_shape is None:
+        refused["post"] = "it does not return one tensor"
     for placement in PLACEMENTS:
         if placement in refused:
             continue

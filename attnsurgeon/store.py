@@ -19,8 +19,10 @@ from attnsurgeon.operation import Certificate, certificate_of, give_certificate
 from attnsurgeon.outputs import atomic_output
 from attnsurgeon.plan import Plan
 from attnsurgeon.recipe import Recipe, sha256_of
-from attnsurgeon.surgery import apply_plan, attention_paths, cuts_of, is_new_key
+from attnsurgeon.surgery import apply_plan, attention_paths, cuts_of, is_new_key, remove_attention
 
+DEPLOYED = (".onnx", ".pt", ".pth", ".ckpt")
+"""Suffixes that mean a file, though not one that a network is loaded from."""
 KEY = "attnsurgeon"
 """The one metadata key; with two, their order in the file would be left to chance."""
 
@@ -80,8 +82,6 @@ def _host_card(model: nn.Module) -> HostCard:
 
 def _bare(model: nn.Module) -> nn.Module:
     """Return the network without its attention, its tensors on meta: only its build counts."""
-    from attnsurgeon.surgery import remove_attention
-
     return remove_attention(model)
 
 
@@ -101,8 +101,9 @@ def _separate(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def is_model_file(text: str | os.PathLike[str]) -> bool:
     """Tell whether a MODEL argument is meant as a file rather than as a host's name."""
     path = Path(text)
-    if path.suffix == ".safetensors" or str(text) in host_names():
-        return path.suffix == ".safetensors"  # a file called like a model is meant as ./resnet50
+    is_file = path.suffix == ".safetensors" or path.suffix in DEPLOYED
+    if is_file or str(text) in host_names():
+        return is_file  # a file called like a model is meant as ./resnet50
     try:
         return path.is_file()
     except OSError:  # too long for a name of either
@@ -117,6 +118,11 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     """
     file = Path(path)
     check_readable(file)
+    if file.suffix in DEPLOYED:
+        raise BadFile(
+            f"{str(file)!r} is no file of `attnsurgeon insert`; give the .safetensors it was "
+            "exported from, or weights by --checkpoint"
+        )
     try:
         with safe_open(file, framework="pt") as opened:
             metadata = opened.metadata() or {}

@@ -101,9 +101,10 @@ def contents(folder):
 def refused(run, folder):
     """Return a function that runs a command which must refuse: one line, exit 2, nothing done."""
 
-    def check(*args, says=()):
+    def check(*args, says=(), at_once=False):
         before = contents(folder)
         outcome = run(*args)
+        assert not at_once or outcome.err == f"{outcome.error}\n"  # before any work
         assert (outcome.code, outcome.out) == (2, ""), outcome
         assert contents(folder) == before
         missing = [text for text in says if text not in outcome.error]

@@ -95,8 +95,8 @@ class TestChoices:
             (("--model-arg", "width_mult"), ["--model-arg takes key=value"]),
             (("--model-arg", "wide=2", "--weights", "none"), ["wide=2"]),
             (("--model-arg", "dropout=5", "--weights", "none"), ["dropout=5", "between 0 and 1"]),
-            (("--model-arg", "weights=DEFAULT"), ["--weights"]),
-            (("--model-arg", "pretrained=true"), ["--weights"]),
+            (("--model-arg", "weights=DEFAULT"), ["weights is no --model-arg; use --weights"]),
+            (("--model-arg", "pretrained=true"), ["pretrained is no --model-arg"]),
             (("--weights", "none", "-o", "x.foo"), ["'x.foo'", ".safetensors, .onnx, .pt"]),
             (("--weights", "none", "-o", "x"), ["'x'", ".safetensors, .onnx, .pt"]),
         ],
@@ -150,19 +150,26 @@ class TestOutput:
     @pytest.mark.parametrize("name", ["x.safetensors", "x.onnx", "x.pt"])
     def test_an_existing_output_is_left_alone(self, refused, folder, name):
         (folder / name).write_bytes(b"precious")
-        refused(*DIGITS, "-o", name, says=[name, "exists", "--force"])
+        refused(*DIGITS, "-o", name, says=[name, "exists", "--force"], at_once=True)
 
     def test_an_existing_default_output_is_left_alone(self, refused, folder):
         (folder / "digits_se.safetensors").write_bytes(b"precious")
-        refused(*DIGITS, says=["digits_se.safetensors", "exists", "--force"])
+        refused(*DIGITS, says=["digits_se.safetensors", "exists", "--force"], at_once=True)
 
     def test_an_existing_export_is_left_alone(self, refused, folder, digits_file):
         (folder / "x.onnx").write_bytes(b"precious")
-        refused("export", digits_file, "-o", "x.onnx", says=["x.onnx", "exists", "--force"])
+        refused(
+            "export",
+            digits_file,
+            "-o",
+            "x.onnx",
+            says=["x.onnx", "exists", "--force"],
+            at_once=True,
+        )
 
     def test_a_link_to_nowhere_is_left_alone(self, refused, folder):
         (folder / "x.safetensors").symlink_to("nowhere")
-        refused(*DIGITS, "-o", "x.safetensors", says=["exists"])
+        refused(*DIGITS, "-o", "x.safetensors", says=["exists"], at_once=True)
 
     @pytest.mark.parametrize("force", [(), ("--force",)])
     @pytest.mark.parametrize(
@@ -179,7 +186,7 @@ class TestOutput:
         (folder / "file").touch()
         (folder / "folder.safetensors").mkdir()
         (folder / "device.safetensors").symlink_to(os.devnull)
-        error = refused(*DIGITS, "-o", output, *force)
+        error = refused(*DIGITS, "-o", output, *force, at_once=True)
         assert all(text in error.replace("File name", "name") for text in says)
 
     def test_a_name_as_long_as_the_file_system_takes(self, run, folder):
@@ -392,6 +399,11 @@ class TestFiles:
                     assert "\n" not in str(error)  # noqa: PT017 (many do not raise)
                     refusals += 1
         assert refusals > 300
+
+    def test_a_placement_that_the_block_does_not_have(self, refused, folder, digits_file):
+        recipe = _recipe(digits_file)
+        recipe["cuts"][0]["placement"] = recipe["cuts"][0]["splice"]["placement"] = "replace"
+        refused("sites", _with_recipe(digits_file, recipe), says=["se has no placement 'replace'"])
 
     def test_two_cuts_at_the_very_same_place(self, refused, folder, digits_file):
         recipe = _recipe(digits_file)
@@ -632,7 +644,7 @@ class TestCheckpoints:
             torch.save({"epoch": 3, "state_dict": weights}, name)
         else:
             save_file(weights, name)
-        assert run(*DIGITS, "--checkpoint", name).code == 0
+        assert run(*DIGITS, "--stage", "2", "--checkpoint", name).code == 0
         written = load_file("digits_se.safetensors")
         assert all(torch.equal(written[key], t) for key, t in weights.items())
 
@@ -643,8 +655,9 @@ class TestCheckpoints:
             for key, t in digits.read_weights().items()
         }
         torch.save(weights, "x.pth")
-        assert run(*DIGITS, "--checkpoint", "x.pth").code == 0
+        assert run(*DIGITS, "--stage", "2", "--checkpoint", "x.pth").code == 0
         written = load_file("digits_se.safetensors")
+        assert all(written[key].dtype == t.dtype for key, t in weights.items())
         assert all(torch.equal(written[key], t) for key, t in weights.items())
         assert run("verify", "digits_se.safetensors").code == 0
 

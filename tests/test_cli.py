@@ -29,6 +29,7 @@ GROUP = typer.main.get_command(app)
 COMMANDS = sorted(GROUP.commands)
 SCRIPT = str(Path(sysconfig.get_path("scripts"), "attnsurgeon"))
 ESCAPE = "\x1b"
+RANDOM = tuple(f".{layer}.{kind}" for layer in ("squeeze", "excite") for kind in ("weight", "bias"))
 
 DIGITS = ("insert", "digits", "--block", "se")
 DRY = (*DIGITS, "--dry-run", "--json")
@@ -233,7 +234,12 @@ class TestInsert:
         words = [*DIGITS, "--stage", "2", "-o", "elsewhere.safetensors"]
         subprocess.run([SCRIPT, *words], capture_output=True, check=True)
         torch.rand(1)  # whatever else draws random numbers
-        assert inserted("--seed", "0") == sha256("elsewhere.safetensors") != inserted("--seed", "1")
+        assert inserted("--seed", "0") == sha256("elsewhere.safetensors")
+        first = load_file("x.safetensors")
+        assert inserted("--seed", "1") != sha256("elsewhere.safetensors")
+        other = load_file("x.safetensors")
+        differing = {key for key, tensor in first.items() if not torch.equal(tensor, other[key])}
+        assert differing == {key for key in first if key.endswith(RANDOM)}
 
     def test_a_dry_run_foretells_and_writes_nothing(self, run, folder):
         told = json.loads(run(*DRY, "--stage", "2").out)

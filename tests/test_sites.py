@@ -1,6 +1,8 @@
 """Sites are observed: in networks nobody listed, with everything lent given back."""
 
 import copy
+import re
+import types
 
 import pytest
 import torch
@@ -309,6 +311,112 @@ def test_the_card_of_a_host_gives_the_example(tmp_path):
     loaded = attnsurgeon.load_model(tmp_path / "x.safetensors")
     assert find_sites(loaded)[0].shape[2:] == (16, 16)
     assert attnsurgeon.export_model(loaded, tmp_path / "x.pt").checks[0].size == (32, 32)
+
+
+class Counting(OwnBlock):
+    """A block that counts its passes and remembers what it saw."""
+
+    def __init__(self, width, stride=1):
+        super().__init__(width, stride)
+        self.register_buffer("passes", torch.zeros(1))
+        self.seen = []
+
+    def forward(self, features):
+        self.passes += 1
+        self.seen.append(features.shape[0])
+        return super().forward(features)
+
+
+class Dropping(OwnBlock):
+    """A block that is left out at random in training, decided in Python."""
+
+    def forward(self, features):
+        if self.training and float(torch.rand(1)) < 0.5 and self.short is None:
+            return features
+        return super().forward(features)
+
+
+class Scaled(OwnBlock):
+    strength = 0.1
+
+    def forward(self, features):
+        branch = self.narrow(self.spread(self.n1(features)))
+        return torch.add(features, branch * self.strength, alpha=0.5)
+
+
+class Normalising(OwnNet):
+    """A network that makes a tensor of its own."""
+
+    def forward(self, x):
+        return super().forward(x - torch.tensor([0.4, 0.4, 0.4]).view(1, 3, 1, 1))
+
+
+class Shared(OwnNet):
+    """A network whose modules can be reached by two paths, one of them twice in a row."""
+
+    def __init__(self):
+        super().__init__()
+        self.trunk = nn.Sequential(OwnBlock(8), OwnBlock(8))
+        self.trunk[1] = self.trunk[0]
+        self.head = nn.Linear(8, 5)
+        self.features = nn.Sequential(self.stem, self.trunk)
+
+
+@pytest.mark.parametrize("make", [Shared, Normalising])
+def test_unusual_networks_survive_and_are_operated_on(make):
+    torch.manual_seed(0)
+    host = make().eval()
+    image = torch.randn(2, 3, 32, 32)
+    before = host(image)
+    operated = attnsurgeon.insert_attention(host, "se", example=EXAMPLE)
+    assert torch.equal(host(image), before)
+    assert torch.equal(operated(image), before)
+    assert {p.device.type for p in host.parameters()} == {"cpu"}
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"), [(Counting, "changes what"), (Dropping, "random|train and eval")]
+)
+def test_after_a_block_whatever_it_does_goes_on(block, reason):
+    torch.manual_seed(0)
+    host = OwnNet(block=block).eval()
+    state = torch.get_rng_state()
+    sites = find_sites(host, EXAMPLE)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert sites[0].placements == ("post",)
+    assert all(re.search(reason, text) for text in sites[0].refused.values())
+    operated = attnsurgeon.insert_attention(host, "se", example=EXAMPLE)
+    image = torch.randn(2, 3, 32, 32)
+    for seed in range(6):
+        outputs = []
+        for model in (host, operated):
+            torch.manual_seed(seed)
+            outputs.append(model.train()(image))
+        assert torch.equal(*outputs)
+    if block is Counting:
+        assert float(operated.trunk[0].passes) == float(host.trunk[0].passes) == 6
+
+
+def test_attributes_stay_live_after_a_block():
+    host = OwnNet(block=Scaled, channels=3)
+    host.trunk = nn.Sequential(Scaled(8), Scaled(8))
+    host.head = nn.Linear(8, 5)
+    host.eval()
+    sites = find_sites(host, EXAMPLE)
+    assert "standard" in sites[0].placements
+    operated = attnsurgeon.insert_attention(host, "se", example=EXAMPLE)
+    image = torch.randn(2, 3, 32, 32)
+    for model in (host, operated):
+        for block in model.trunk:
+            block.strength = 0.7
+    assert torch.equal(operated(image), host(image))
+
+
+def test_a_forward_set_on_the_object_is_refused():
+    host = OwnNet().eval()
+    host.trunk[0].forward = types.MethodType(OwnBlock.forward, host.trunk[0])
+    with pytest.raises(PlacementUnavailable, match="set on the object"):
+        attnsurgeon.insert_attention(host, "se", at="trunk.0", example=EXAMPLE)
 
 
 class TestUnusable:

@@ -165,6 +165,11 @@ class TestNotFetched:
         self.refused_with_remedy(run, reason)
         assert cached() == []
 
+    def test_is_not_blamed_on_the_arguments(self, run, published, served, monkeypatch):
+        monkeypatch.setattr(ENTRY.value, "url", f"{served[1]}/resnet18-00000000.pth")
+        error = self.refused(run, "--model-arg", "norm_layer=null")
+        assert all(text in error for text in (*REMEDY, "404")), error
+
     def test_a_wrong_checksum(self, run, published, checkpoint):
         published(checkpoint.read_bytes(), checksum="deadbeef")
         self.refused_with_remedy(run, "deadbeef")

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attnsurgeon.bench.exported import first_line, is_of_onnxruntime, session_for
 from attnsurgeon.bench.targets import Inputs, Target, cast_inputs
+from attnsurgeon.borrow import on_meta
 from attnsurgeon.errors import BadOption, HostUnusable
 
 Shape = tuple[int, ...]
@@ -81,13 +82,10 @@ def check_axes(target: Target, inputs: Inputs) -> None:
 
 def _count(model: nn.Module, inputs: Inputs) -> tuple[tuple[Shape, ...], int]:
     if not isinstance(model, torch.jit.ScriptModule):
-        state = {
-            name: torch.empty_like(tensor, device="meta")
-            for name, tensor in (*model.named_parameters(), *model.named_buffers())
-        }
         shapes = tree_map_only(Tensor, lambda part: torch.empty_like(part, device="meta"), inputs)
         try:
-            return _counted(lambda: torch.func.functional_call(model, state, shapes))
+            with on_meta(model):
+                return _counted(lambda: model(*shapes))
         except Exception:  # whatever cannot be done on meta tensors is tried for real
             pass
     return _counted(lambda: model(*inputs))
