@@ -30,6 +30,8 @@ from attnsurgeon.wiring import Splice
 _CHILD = re.compile(r"attention_[a-z]+(_[0-9]+)?")
 _MOST = 2**24
 """Of channels and pixels that a file may ask for: products of them must not overflow."""
+_LONGEST_TAIL = 2
+"""Steps that belong to a convolution: a norm and an activation."""
 
 
 @dataclass(frozen=True)
@@ -93,8 +95,8 @@ class Cut:
             raise ValueError(f"cut.splice is not one of placement {self.placement!r}")
         place = self.place
         widths = (place.channels, place.in_channels or 1, *place.stride, place.dilation)
-        numbers = (*widths, *self.shape, 1 + self.splice.tail)
-        if not all(1 <= number <= _MOST for number in numbers):
+        in_range = all(1 <= number <= _MOST for number in (*widths, *self.shape))
+        if not in_range or self.splice.tail not in range(_LONGEST_TAIL + 1):
             raise ValueError("a width or size of a cut is out of range")
 
 

@@ -13,7 +13,14 @@ from torch import nn
 from attnsurgeon import blocks
 from attnsurgeon.blocks.block import AttentionBlock
 from attnsurgeon.borrow import borrowed_randomness
-from attnsurgeon.errors import AttnSurgeonError, BadFile, PatternUnmatched, nearest
+from attnsurgeon.errors import (
+    AttnSurgeonError,
+    BadFile,
+    BadOption,
+    PatternUnmatched,
+    first_line,
+    nearest,
+)
 from attnsurgeon.plan import Cut, Plan, as_patterns
 from attnsurgeon.wiring import splices, wire
 
@@ -109,6 +116,13 @@ def build_attention(model: nn.Module, cut: Cut) -> AttentionBlock:
             attention = blocks.get(cut.block).build(cut.place, **cut.options)
         except AttnSurgeonError as error:
             raise type(error)(f"{cut.block} at {cut.path}: {error}") from None
+        except RuntimeError as error:  # of torch: more memory than there is
+            if not cut.options:
+                raise
+            told = ", ".join(f"{option}={value!r}" for option, value in cut.options.items())
+            raise BadOption(
+                f"{cut.block} cannot be built with {told}: {first_line(error)}"
+            ) from error
     like = next(
         (p for p in _parameters_near(model, cut.path) if p.is_floating_point()), torch.empty(0)
     )

@@ -193,6 +193,8 @@ def _edge_at_conv(graph: fx.Graph, splice: Splice) -> _Edge:
         raise PlacementUnavailable("the block calls no spatial convolution exactly once")
     tail = conv
     for _ in range(splice.tail):
+        if len(tail.users) != 1:
+            raise PlacementUnavailable(f"{splice.conv} is not followed by {splice.tail} steps")
         tail = next(iter(tail.users))
     beside = conv.all_input_nodes[0] if splice.placement == "replace" else None
     return _Edge(tail, tuple(tail.users), beside)

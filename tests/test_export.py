@@ -296,6 +296,11 @@ class TestRefused:
         with pytest.raises(UnknownName, match="did you mean"):
             attnsurgeon.export_model(operated, tmp_path / "x.onx")
 
+    @pytest.mark.parametrize("size", [(0, 32), (32, 10**6)])
+    def test_size_out_of_range(self, operated, tmp_path, size):
+        with pytest.raises(BadOption, match="--input-size must be 1 to"):
+            attnsurgeon.export_model(operated, tmp_path / "x.onnx", input_size=size)
+
     @pytest.mark.parametrize("opset", [0, 17, 99])
     def test_opset(self, operated, tmp_path, opset):
         with pytest.raises(BadOption, match="--opset must be 18"):

@@ -35,6 +35,10 @@ for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
 
+LARGEST_SIDE = 2**14
+"""Pixels of an input's side: what is exported is run as well, and has to fit into memory."""
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A file that was written and proven.
@@ -196,8 +200,8 @@ def _image(model: nn.Module, example: Tensor | None, size: tuple[int, int] | Non
         example = known[0]
     image = example[:1]
     if size is not None:
-        if min(size) < 1:
-            raise BadOption(f"--input-size must be at least 1, not {size[0]},{size[1]}")
+        if not 1 <= min(size) <= max(size) <= LARGEST_SIDE:
+            raise BadOption(f"--input-size must be 1 to {LARGEST_SIDE}, not {size[0]},{size[1]}")
         image = image.new_zeros(1, image.shape[1], *size)
     if not runs_on(model, (image.expand(2, -1, -1, -1),)):
         height, width = image.shape[2:]
