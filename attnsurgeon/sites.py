@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from attnsurgeon import blocks
-from attnsurgeon.anatomy import ancestry, dissect, find_conv, find_tail, trace_own_forward
+from attnsurgeon.anatomy import Anatomy, ancestry, dissect, find_conv, find_tail, trace_own_forward
 from attnsurgeon.blocks.block import Place
 from attnsurgeon.card import card_of
 from attnsurgeon.errors import HostUnusable, NoSites, PlacementUnavailable
@@ -19,6 +20,10 @@ from attnsurgeon.wiring import Splice, check_place
 
 PLACEMENTS = ("post", "standard", "pre", "identity", "conv", "replace")
 """All placements, by the names of the Squeeze-and-Excitation paper (section 6.4), and `replace`."""
+
+
+Traced = tuple[fx.Graph, Anatomy | None]
+"""The graph of a block's own forward, and its parts."""
 
 
 @dataclass(frozen=True)
@@ -182,8 +187,14 @@ def _spots(
     passed = _passed(block, seen, addition.path)
     middle: Convolution | None = None
     tail = 0
+
+    @functools.cache
+    def traced(opened: str) -> Traced:
+        graph = trace_own_forward(block, [f"{opened}.conv"] if opened else [])
+        return graph, dissect(block, graph, passed)
+
     try:
-        middle, tail = _middle_conv(block, seen, addition.path, passed)
+        middle, tail = _middle_conv(block, seen, addition.path, traced)
     except PlacementUnavailable as error:
         refused = {"conv": str(error), "replace": str(error)}
     if seen.visits[addition.path].out_shape is None:
@@ -199,12 +210,17 @@ def _spots(
         try:
             if placement == "replace":
                 _check_replaceable(middle)
-            check_place(block, spot.splice)
+            if placement != "post":
+                check_place(*traced(_parent(spot.splice.conv or "")), spot.splice)
         except PlacementUnavailable as error:
             refused[placement] = str(error)
         else:
             spots[placement] = spot
     return spots, refused
+
+
+def _parent(path: str) -> str:
+    return path.rpartition(".")[0]
 
 
 def _passed(block: nn.Module, seen: Observation, path: str) -> tuple[str, ...]:
@@ -235,7 +251,7 @@ def _conv_spot(
 
 
 def _middle_conv(
-    block: nn.Module, seen: Observation, path: str, passed: tuple[str, ...]
+    block: nn.Module, seen: Observation, path: str, traced: Callable[[str], Traced]
 ) -> tuple[Convolution, int]:
     """Return the first convolution of the branch that looks at neighbours, and its tail's length.
 
@@ -246,9 +262,8 @@ def _middle_conv(
         if max(conv.kernel) == 1:
             continue
         relative = conv.path.removeprefix(f"{path}.")
-        graph = trace_own_forward(block, [relative])
+        graph, anatomy = traced(_parent(relative))
         node = find_conv(graph, relative)
-        anatomy = dissect(block, graph, passed)
         if node is None or anatomy is None or node not in ancestry(anatomy.branch):
             continue
 

@@ -199,11 +199,11 @@ def probe_inputs(model: nn.Module, example: Inputs) -> list[Inputs]:
 
 
 def _runs(model: nn.Module, image: Tensor, size: tuple[int, int]) -> bool:
-    return runs_on(model, (_resized(image, size).expand(2, -1, -1, -1),))
+    return runs_on(model, (_resized(image, size).expand(2, -1, -1, -1),), train=True)
 
 
 def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
-    return image.new_empty(1, image.shape[1], *size)
+    return image.new_zeros(1, image.shape[1], *size)
 
 
 def _random(example: Inputs, batch: int) -> Inputs:

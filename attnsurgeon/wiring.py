@@ -63,15 +63,13 @@ class _Edge:
     beside: fx.Node | None = None
 
 
-def check_place(block: nn.Module, splice: Splice) -> None:
-    """Refuse a place that the block's forward does not have.
+def check_place(graph: fx.Graph, anatomy: Anatomy | None, splice: Splice) -> None:
+    """Refuse a place inside a block that its graph does not have.
 
     Raises:
         PlacementUnavailable: with the reason.
     """
-    if splice.placement != "post":
-        graph = trace_own_forward(block, [splice.conv] if splice.conv else [])
-        _edge(graph, dissect(block, graph, splice.passed), splice)
+    _edge(graph, anatomy, splice)
 
 
 def wire(block: nn.Module, wanted: tuple[Splice, ...]) -> None:
