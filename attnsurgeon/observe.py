@@ -219,20 +219,30 @@ def runs_on(model: nn.Module, inputs: tuple[Any, ...], *, train: bool = False) -
     ones beside. Train mode runs for real: its norms are taken apart on meta tensors, which takes
     longer than small inputs do.
     """
+    return why_it_fails(model, inputs, train=train) is None
+
+
+def why_it_fails(
+    model: nn.Module, inputs: tuple[Any, ...], *, train: bool = False
+) -> Exception | None:
+    """Return what the model raises on inputs of these shapes, or None if it runs. See runs_on."""
     with borrowed_modes(model), borrowed_randomness(0), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.eval()
         with on_meta(model):
-            runs = _runs(model, stand_ins(inputs))
+            error = _error_of(model, stand_ins(inputs))
         with borrowed_buffers(model):
-            runs = runs or _runs(model, inputs)
-            model.train(train)
-            return runs and (not train or _runs(model, inputs))
+            if error is not None:
+                error = _error_of(model, inputs)
+            if error is None and train:
+                model.train()
+                error = _error_of(model, inputs)
+    return error
 
 
-def _runs(model: nn.Module, inputs: tuple[Any, ...]) -> bool:
+def _error_of(model: nn.Module, inputs: tuple[Any, ...]) -> Exception | None:
     try:
         model(*inputs)
-    except Exception:  # any failure means the same: not on such inputs
-        return False
-    return True
+    except Exception as error:  # of the user's network: it may be anything
+        return error
+    return None

@@ -19,7 +19,7 @@ from attnsurgeon.borrow import (
 )
 from attnsurgeon.errors import HostUnusable, IdentityBroken, first_line
 from attnsurgeon.gate import named_gates
-from attnsurgeon.observe import runs_on
+from attnsurgeon.observe import runs_on, why_it_fails
 
 Inputs = tuple[Any, ...]
 MODES = ("eval", "train")
@@ -190,8 +190,11 @@ def probe_inputs(model: nn.Module, example: Inputs) -> list[Inputs]:
     sizes = [small, (height, width)]
     base = next((size for size in sizes if _runs(model, image, size)), None)
     if base is None:
+        error = why_it_fails(model, _batch(image, (height, width)), train=True)
+        reason = f": {first_line(error)}" if error else ""
         raise HostUnusable(
-            f"{type(model).__name__} does not run on batches of {height}x{width} images"
+            f"{type(model).__name__} fails on batches of {height}x{width} images{reason}; "
+            "give a network and weights that run"
         )
     others = [(base[0] + 32, base[1]), (height + 32, width), base]
     other = next(size for size in others if _runs(model, image, size))
@@ -199,7 +202,11 @@ def probe_inputs(model: nn.Module, example: Inputs) -> list[Inputs]:
 
 
 def _runs(model: nn.Module, image: Tensor, size: tuple[int, int]) -> bool:
-    return runs_on(model, (_resized(image, size).expand(2, -1, -1, -1),), train=True)
+    return runs_on(model, _batch(image, size), train=True)
+
+
+def _batch(image: Tensor, size: tuple[int, int]) -> Inputs:
+    return (_resized(image, size).expand(2, -1, -1, -1),)
 
 
 def _resized(image: Tensor, size: tuple[int, int]) -> Tensor:
