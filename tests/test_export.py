@@ -291,6 +291,16 @@ def test_opened_gates_are_opened_until_it_shows(operated):
     assert all(not value.any() for value in gate_values(hidden).values())
 
 
+def test_a_check_that_could_not_fail_is_refused(operated, tmp_path):
+    """Where attention moves no output, an opened file would agree whatever it computes."""
+    silent = copy.deepcopy(operated)
+    for parameter in silent.classifier.parameters():
+        parameter.data.zero_()
+    with pytest.raises(ExportRefused, match="moves no output visibly"):
+        attnsurgeon.export_model(silent, tmp_path / "x.pt")
+    assert list(tmp_path.iterdir()) == []
+
+
 class TestRefused:
     def test_unknown_suffix(self, operated, tmp_path):
         with pytest.raises(UnknownName, match="did you mean"):

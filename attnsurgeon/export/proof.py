@@ -17,6 +17,7 @@ from attnsurgeon.borrow import (
     borrowed_randomness,
     borrowed_values,
 )
+from attnsurgeon.errors import ExportRefused
 from attnsurgeon.export.format import RunFailed, Runner, leaves_on_cpu
 from attnsurgeon.gate import named_gates
 
@@ -99,6 +100,9 @@ def opened_values(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Ten
 
     Openings start in (0.25, 1) and grow tenfold until the output moves by VISIBLE tolerances: a
     branch behind a tiny layer scale would otherwise hide whatever its attention computes.
+
+    Raises:
+        ExportRefused: it never does, and a check of it would prove nothing.
     """
     gates = named_gates(model)
     with borrowed_randomness(1):
@@ -109,9 +113,12 @@ def opened_values(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Ten
         opened = run_with_gates(model, openings, inputs)
         max_rel = compare_outputs(reference, opened, tolerance)[1]
         if max_rel > VISIBLE * tolerance:
-            break
+            return openings
         openings = {name: 10 * value for name, value in openings.items()}
-    return openings
+    raise ExportRefused(
+        f"opening the gates of {type(model).__name__} moves no output visibly: what is behind them "
+        "cannot be checked; nothing was kept; give weights with which the attention counts"
+    )
 
 
 def run_with_gates(
