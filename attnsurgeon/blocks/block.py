@@ -17,14 +17,15 @@ AROUND = ("post", "standard", "pre", "identity", "conv")
 class Place:
     """The measured width of the spot a block is built for, and of the convolution it stands beside.
 
-    `in_channels`, `stride` and `dilation` differ from their defaults only where a block replaces
-    a convolution.
+    `dims` is the number of spatial dimensions. `in_channels`, `stride` and `dilation` differ from
+    their defaults only where a block replaces a convolution.
     """
 
     channels: int
     in_channels: int | None = None
-    stride: tuple[int, int] = (1, 1)
+    stride: tuple[int, ...] = (1, 1)
     dilation: int = 1
+    dims: int = 2
 
 
 class AttentionBlock(nn.Module):
