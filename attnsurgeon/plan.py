@@ -67,7 +67,7 @@ class Cut:
             "placement": self.placement,
             "block": self.block,
             "options": dict(self.options),
-            "place": asdict(self.place),
+            "place": self.place.to_json(),
             "shape": list(self.shape),
             "splice": asdict(self.splice),
             "seed": self.seed,
