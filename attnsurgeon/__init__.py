@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "find_sites": "sites",
     "insert_attention": "operation",
+    "insert_plan": "operation",
     "remove_attention": "surgery",
     "gates": "gate",
     "verify_unchanged": "verify",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from attnsurgeon.export import export_model as export_model
     from attnsurgeon.gate import named_gates as gates  # noqa: F401
     from attnsurgeon.operation import insert_attention as insert_attention
+    from attnsurgeon.operation import insert_plan as insert_plan
     from attnsurgeon.plan import Cut as Cut
     from attnsurgeon.plan import Plan as Plan
     from attnsurgeon.sites import Site as Site

@@ -120,6 +120,7 @@ def make_plan(
     placement: str = "post",
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
+    before: Sequence[Cut] = (),
 ) -> Plan:
     """Choose sites by pattern, stage and step, and plan the same attention at each.
 
@@ -134,6 +135,7 @@ def make_plan(
         placement: one of sites.PLACEMENTS.
         options: of the block.
         seed: of the new weights.
+        before: cuts that will be made before these.
 
     Raises:
         UnknownName: no such block, placement or option.
@@ -149,7 +151,7 @@ def make_plan(
     skipped: dict[str, str] = {}
     for site in chosen:
         try:
-            cuts.append(_plan_cut(model, site, block, placement, values, seed))
+            cuts.append(_plan_cut(model, site, block, placement, values, seed, before))
         except PlacementUnavailable as error:
             if site.path in literal:
                 raise
@@ -192,6 +194,7 @@ def _plan_cut(
     placement: str,
     options: Mapping[str, Any],
     seed: int,
+    before: Sequence[Cut],
 ) -> Cut:
     if site.layout not in blocks.get(block).layouts:
         raise PlacementUnavailable(
@@ -199,6 +202,7 @@ def _plan_cut(
         )
     spot = site.spot(placement)
     taken = {name for name, _ in model.get_submodule(site.path).named_children()}
+    taken |= {cut.splice.child for cut in before if cut.path == site.path}
     child = spot.splice.child
     number = 1
     while child in taken:  # a second attention at one place

@@ -14,7 +14,8 @@ from attnsurgeon import blocks
 from attnsurgeon.anatomy import Anatomy, ancestry, dissect, find_conv, find_tail, trace_own_forward
 from attnsurgeon.blocks.block import Place
 from attnsurgeon.card import card_of
-from attnsurgeon.errors import HostUnusable, NoSites, PlacementUnavailable
+from attnsurgeon.errors import NoSites, PlacementUnavailable
+from attnsurgeon.network import plain_network
 from attnsurgeon.observe import Addition, Convolution, Observation, Shape, observe
 from attnsurgeon.wiring import Splice, check_place
 
@@ -81,15 +82,16 @@ def find_sites(model: nn.Module, example: Any = None) -> list[Site]:
     """Return the residual blocks of a model in the order of execution.
 
     Args:
-        model: any network; it is watched through one forward pass and left as it was.
+        model: any network; it is watched through one forward pass and left as it was. Paths are
+            those in the network itself where it is compiled or wrapped for parallel training.
         example: an input, or a tuple of inputs; shapes are measured with it. By default that of
             the model's card, or a (1, C, 224, 224) image with the first convolution's channels.
 
     Raises:
-        HostUnusable: the model is wrapped or scripted, or does not run with this input.
+        HostUnusable: the model is scripted, quantized or sharded, or does not run on this input.
         NoSites: no module of it adds two activations of one shape.
     """
-    check_operable(model)
+    model, _ = plain_network(model)
     inputs = as_inputs(model, example)
     seen = observe(model, inputs)
     additions = {addition.path: addition for addition in seen.additions if addition.path}
@@ -100,20 +102,6 @@ def find_sites(model: nn.Module, example: Any = None) -> list[Site]:
         )
     sites = [_site(model, seen, addition) for addition in additions.values()]
     return _number_stages(sites)
-
-
-def check_operable(model: nn.Module) -> None:
-    """Refuse wrappers that hide the network's modules, with the remedy.
-
-    Raises:
-        HostUnusable: the model is scripted, compiled or wrapped for parallel training.
-    """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise HostUnusable("the model is TorchScript already; operate on it before scripting")
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise HostUnusable(f"the model is wrapped in {type(model).__name__}; pass model.module")
-    if hasattr(model, "_orig_mod"):
-        raise HostUnusable("the model is compiled; pass model._orig_mod, and compile afterwards")
 
 
 def as_inputs(model: nn.Module, example: Any) -> tuple[Any, ...]:
