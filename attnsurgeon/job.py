@@ -79,8 +79,7 @@ class InsertJob:
             options=self.options,
             seed=self.seed,
         )
-        step.check()
-        return (step,)
+        return (step.checked(),)
 
 
 def open_model(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,13 +51,17 @@ class Step:
             del plain["every"]
         return plain
 
-    def check(self) -> None:
-        """Refuse what no network could satisfy.
+    def checked(self) -> Step:
+        """Return the step with its options as the block takes them.
 
         Raises:
-            UnknownName, BadOption, PlacementUnavailable: see make_plan.
+            UnknownName, BadOption, PlacementUnavailable: no network could satisfy it; see
+                make_plan.
         """
-        check_request(self.block, placement=self.placement, every=self.every, options=self.options)
+        options = check_request(
+            self.block, placement=self.placement, every=self.every, options=self.options
+        )
+        return replace(self, options=options)
 
 
 def load_steps(path: str | os.PathLike[str], seed: int = 0) -> tuple[Step, ...]:
@@ -153,14 +157,13 @@ def _read_step(held: Any, seed: int, source: str) -> Step:
         raise BadOption(f"{source} has an empty 'at'; leave it out for every site")
     try:
         step: Step = read_as(Step, values, source)
-        step.check()
+        return step.checked()
     except AttnSurgeonError as error:
         # Said of the step, but of the same kind; UnknownName takes other arguments.
         error.args = (f"{source}: {error}",)
         raise
     except ValueError as error:
         raise BadOption(str(error)) from error
-    return step
 
 
 def plan_steps(model: nn.Module, sites: Sequence[Site], steps: Iterable[Step]) -> Plan:

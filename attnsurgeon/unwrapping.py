@@ -88,6 +88,8 @@ def _at(held: Any, key: str, source: str) -> Any:
         UnknownName: nothing does.
     """
     rest = key
+    if not key:
+        raise UnknownName(f"key in {source}", key, ())
     while rest and isinstance(held, Mapping):
         names = [name for name in held if isinstance(name, str)]
         step = max((n for n in names if f"{rest}.".startswith(f"{n}.")), key=len, default=None)
