@@ -39,8 +39,9 @@ class HostCard:
     """How a host is made again, and what its inputs and outputs mean; it stands in every recipe.
 
     `name` is None for a network of the user's own: it must be given again at loading. What made
-    it is then noted in `factory`, to be shown and never to be run. An input of dtype None is of
-    that of the network.
+    it is then noted in `factory`, to be shown and never to be run. `listed` says that the inputs
+    come as one list of images (3, H, W), as detectors take them. An input of dtype None is of that
+    of the network.
     """
 
     name: str | None
@@ -53,6 +54,7 @@ class HostCard:
     categories: tuple[str, ...] | None = None
     input_dtypes: tuple[str | None, ...] | None = None
     factory: str | None = None
+    listed: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values that `from_json` reads."""
@@ -80,16 +82,17 @@ class HostCard:
             raise BadFile(str(error)) from error
         return card
 
-    def example(self, like: Tensor | None = None) -> tuple[Tensor, ...]:
+    def example(self, like: Tensor | None = None) -> tuple[Any, ...]:
         """Return zeros of the input's shapes, with the device and, where none is noted, dtype."""
         like = torch.empty(0) if like is None else like
         dtypes = self.input_dtypes or (None,) * len(self.input_shapes)
-        return tuple(
+        parts = [
             torch.zeros(
                 *shape, device=like.device, dtype=getattr(torch, dtype) if dtype else like.dtype
             )
             for shape, dtype in zip(self.input_shapes, dtypes, strict=True)
-        )
+        ]
+        return (parts,) if self.listed else tuple(parts)
 
     def with_inputs(self, texts: Sequence[str]) -> HostCard:
         """Return the card with inputs given as text: `1,3,32,32`, or `1,16:int64`.
@@ -107,7 +110,9 @@ class HostCard:
 
     def with_example(self, inputs: Sequence[Any], like: Tensor | None) -> HostCard:
         """Return the card with the shapes of these inputs, and their dtypes where not `like`'s."""
-        tensors = [part for part in inputs if isinstance(part, Tensor)]
+        is_list = len(inputs) == 1 and isinstance(inputs[0], list)
+        parts = inputs[0] if is_list else inputs
+        tensors = [part for part in parts if isinstance(part, Tensor)]
         usual = torch.get_default_dtype() if like is None else like.dtype
         names = [str(part.dtype).removeprefix("torch.") for part in tensors]
         dtypes = tuple(
@@ -118,6 +123,7 @@ class HostCard:
             self,
             input_shapes=tuple(tuple(part.shape) for part in tensors),
             input_dtypes=dtypes if any(dtypes) else None,
+            listed=is_list,
         )
 
 

@@ -12,10 +12,11 @@ from torch import nn
 from attnsurgeon.checkpoint import Fit
 from attnsurgeon.cost import multiply_adds
 from attnsurgeon.export import Artifact
+from attnsurgeon.liveness import Liveness
 from attnsurgeon.plan import Cut, Plan
 from attnsurgeon.steps import Step
 from attnsurgeon.surgery import build_attention
-from attnsurgeon.verify import Liveness, Verdict
+from attnsurgeon.verify import Verdict
 
 
 @dataclass(frozen=True)
@@ -104,14 +105,13 @@ def cut_costs(model: nn.Module, plan: Plan) -> tuple[CutCost, ...]:
 
 
 def _reads(cut: Cut, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Return stand-ins for what the attention of a cut reads."""
-    out = torch.empty(cut.shape, dtype=dtype, device="meta")
+    """Return stand-ins for what the attention of a cut reads, channels second."""
+    sizes = cut.sizes
+    out = torch.empty(1, cut.place.channels, *sizes, dtype=dtype, device="meta")
     if cut.place.in_channels is None:
         return (out,)
-    batch, _, height, width = cut.shape
-    down, across = cut.place.stride
-    wide = out.new_empty(batch, cut.place.in_channels, height * down, width * across)
-    return wide, out
+    read = (size * step for size, step in zip(sizes, cut.place.stride, strict=True))
+    return out.new_empty(1, cut.place.in_channels, *read), out
 
 
 def count_new(model: nn.Module, plan: Plan) -> int:

@@ -19,13 +19,13 @@ from attnsurgeon.operation import operate
 from attnsurgeon.outputs import check_output
 from attnsurgeon.plan import Plan
 from attnsurgeon.recipe import sha256_of
-from attnsurgeon.sites import as_inputs, find_sites
+from attnsurgeon.sites import as_inputs
 from attnsurgeon.steps import Step, load_steps, plan_steps
 from attnsurgeon.store import is_model_file, load_model, save_model
 from attnsurgeon.surgery import attention_paths, count_parameters, is_new_key
 
 SAVED = ".safetensors"
-_OF_A_STEP = ("block", "at", "exclude", "stages", "every", "placement", "options")
+_OF_A_STEP = ("block", "at", "exclude", "stages", "every", "kind", "placement", "options")
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,7 @@ class InsertJob:
     exclude: tuple[str, ...] = ()
     stages: tuple[int, ...] = ()
     every: int = 1
+    kind: str | None = None
     placement: str = "post"
     options: Mapping[str, Any] = field(default_factory=dict)
     plan: Path | None = None
@@ -75,6 +76,7 @@ class InsertJob:
             exclude=self.exclude,
             stage=self.stages,
             every=self.every,
+            kind=self.kind,
             placement=self.placement,
             options=self.options,
             seed=self.seed,
@@ -171,7 +173,7 @@ def run_insert(job: InsertJob, progress: Callable[[str], None] = lambda text: No
     for notice in host.notices:
         progress(notice)
     example = as_inputs(host.model, None)
-    plan = plan_steps(host.model, find_sites(host.model, example), steps)
+    plan = plan_steps(host.model, example, steps)
     work = _Work(job, steps, host, plan)
     if job.dry_run:
         return work.preview()

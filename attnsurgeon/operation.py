@@ -12,12 +12,14 @@ from typing import Any
 from torch import nn
 
 from attnsurgeon.card import HostCard, card_of, give_card
+from attnsurgeon.liveness import Liveness
 from attnsurgeon.network import plain_network
 from attnsurgeon.plan import Plan, as_patterns
-from attnsurgeon.sites import as_inputs, find_sites
+from attnsurgeon.probes import probe_inputs
+from attnsurgeon.sites import as_inputs
 from attnsurgeon.steps import Step, load_steps, plan_steps, read_steps
 from attnsurgeon.surgery import apply_plan
-from attnsurgeon.verify import Liveness, Verdict, keep_promises, probe_inputs
+from attnsurgeon.verify import Verdict, keep_promises
 
 
 @dataclass(frozen=True)
@@ -67,24 +69,27 @@ def insert_attention(
     exclude: str | Iterable[str] = (),
     stage: int | Iterable[int] = (),
     every: int = 1,
+    kind: str | None = None,
     placement: str = "post",
     example: Any = None,
     seed: int = 0,
     **options: Any,
 ) -> nn.Module:
-    """Return a copy of a model with attention at its residual blocks, behind closed gates.
+    """Return a copy of a model with attention at its sites, behind closed gates.
 
     The copy computes bit for bit what the model computes, which is left untouched; its original
     keys are the model's. New parts join in the mode, dtype and device of their block.
 
     Args:
-        model: any network with residual blocks; one that is compiled or wrapped for parallel
-            training is taken out of that, with a warning, and so the copy is neither.
+        model: any network; see find_sites. One that is compiled or wrapped for parallel training
+            is taken out of that, with a warning, and so the copy is neither.
         block: name of the attention: se, cbam, sk, gc, or another of blocks.names().
         at: shell patterns on the dotted path of a block; each must match.
         exclude: shell patterns of blocks to leave out.
         stage: stages to choose from, numbered from 1 by feature size.
         every: take each `every`-th of the chosen sites.
+        kind: residual, merge, layer or plain; by default residual, or merge where there is no
+            residual block. A module named in full in `at` is taken whatever it is.
         placement: post, standard, pre, identity, conv or replace.
         example: an input, or a tuple of inputs; by default that of the network's card, or a
             (1, C, 224, 224) image batch.
@@ -109,6 +114,7 @@ def insert_attention(
         exclude=tuple(as_patterns(exclude)),
         stage=(stage,) if isinstance(stage, int) else tuple(stage),
         every=every,
+        kind=kind,
         placement=placement,
         options=options,
         seed=seed,
@@ -149,7 +155,7 @@ def _insert(model: nn.Module, steps: tuple[Step, ...], example: Any) -> nn.Modul
     for notice in notices:
         warnings.warn(notice, stacklevel=3)
     inputs = as_inputs(model, example)
-    plan = plan_steps(model, find_sites(model, inputs), steps)
+    plan = plan_steps(model, inputs, steps)
     operated = copy.deepcopy(model)
     operate(operated, plan, inputs)
     remember_input(operated, inputs)

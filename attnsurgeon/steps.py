@@ -13,9 +13,9 @@ from torch import nn
 
 from attnsurgeon.checkpoint import check_readable
 from attnsurgeon.errors import AttnSurgeonError, BadFile, BadOption, UnknownName
-from attnsurgeon.plan import Cut, Plan, check_request, make_plan
+from attnsurgeon.plan import Cut, Plan, check_request, make_plan, named_layers
 from attnsurgeon.schema import read_as
-from attnsurgeon.sites import Site
+from attnsurgeon.sites import Site, find_sites
 
 REPORTED = (
     *("model", "output", "block", "placement", "sites", "skipped"),
@@ -35,6 +35,7 @@ class Step:
     exclude: tuple[str, ...] = ()
     stage: tuple[int, ...] = ()
     every: int = 1
+    kind: str | None = None
     placement: str = "post"
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
@@ -49,6 +50,8 @@ class Step:
                 plain[name] = list(plain[name])
         if self.every == 1:
             del plain["every"]
+        if self.kind is None:
+            del plain["kind"]
         return plain
 
     def checked(self) -> Step:
@@ -59,7 +62,11 @@ class Step:
                 make_plan.
         """
         options = check_request(
-            self.block, placement=self.placement, every=self.every, options=self.options
+            self.block,
+            placement=self.placement,
+            every=self.every,
+            kind=self.kind,
+            options=self.options,
         )
         return replace(self, options=options)
 
@@ -100,7 +107,7 @@ def read_steps(values: Any, seed: int = 0, source: str = "the plan") -> tuple[St
     """Read a plan from plain values: a list of steps, or a mapping that has one as `plan`.
 
     A step is a mapping: `block`, and if wanted `at` (a pattern or several), `exclude`, `stage`,
-    `every`, `placement`, `options`, `seed`; or `path` in the place of `at`, for one site.
+    `every`, `kind`, `placement`, `options`, `seed`; or `path` in the place of `at`, for one site.
 
     Args:
         values: see above.
@@ -166,31 +173,39 @@ def _read_step(held: Any, seed: int, source: str) -> Step:
         raise BadOption(str(error)) from error
 
 
-def plan_steps(model: nn.Module, sites: Sequence[Site], steps: Iterable[Step]) -> Plan:
+def plan_steps(model: nn.Module, inputs: tuple[Any, ...], steps: Iterable[Step]) -> Plan:
     """Plan the steps one after the other; attention at one place stacks in their order.
 
     It is what running `insert` step by step on each other's results would plan.
 
     Raises:
-        AttnSurgeonError: see make_plan.
+        AttnSurgeonError: see find_sites and make_plan.
     """
+    sites: dict[tuple[str, ...], list[Site]] = {}
     cuts: list[Cut] = []
     skipped: dict[str, str] = {}
+    attended: dict[str, None] = {}
     for step in steps:
+        # Each step sees the sites that it would see alone: modules named elsewhere are none.
+        named = tuple(named_layers(step.at, step.kind))
+        if named not in sites:
+            sites[named] = find_sites(model, inputs, named=named)
         plan = make_plan(
             model,
-            sites,
+            sites[named],
             step.block,
             at=step.at,
             exclude=step.exclude,
             stages=step.stage,
             every=step.every,
+            kind=step.kind,
             placement=step.placement,
             options=step.options,
             seed=step.seed,
             before=cuts,
         )
         cuts += plan.cuts
+        attended.update(dict.fromkeys(plan.attended))
         for path, reason in plan.skipped.items():
             skipped[path] = f"{skipped[path]}; {reason}" if path in skipped else reason
-    return Plan(tuple(cuts), skipped)
+    return Plan(tuple(cuts), skipped, tuple(attended))

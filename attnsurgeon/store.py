@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -82,8 +83,12 @@ def _host_card(model: nn.Module) -> HostCard:
     if card.name is None:
         known = recognise(_bare(model))
         if known is not None:
-            inputs = {"input_shapes": card.input_shapes, "input_dtypes": card.input_dtypes}
-            known = HostCard(**{**known.__dict__, **inputs})
+            known = replace(
+                known,
+                input_shapes=card.input_shapes,
+                input_dtypes=card.input_dtypes,
+                listed=card.listed,
+            )
             give_card(model, known)
             return known
     return card

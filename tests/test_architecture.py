@@ -13,11 +13,12 @@ ROOT = PACKAGE.parent
 
 FLOORS = [
     {"errors", "digits"},
-    {"registry", "gate", "borrow", "outputs", "schema"},
+    {"registry", "gate", "borrow", "outputs", "schema", "tracks", "observation"},
     {"blocks"},
-    {"anatomy", "card", "network", "observe", "cost", "unwrapping"},
-    {"checkpoint", "wiring"},
-    {"builder", "sites"},
+    {"anatomy", "card", "network", "cost", "trial", "unwrapping"},
+    {"observe", "wiring", "checkpoint", "probes", "inputs"},
+    {"builder", "spots", "liveness"},
+    {"sites"},
     {"sources", "plan"},
     {"host", "steps", "surgery", "verify"},
     {"operation"},

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import attnsurgeon
+from attnsurgeon.card import card_of
 from attnsurgeon.errors import BadFile, HostUnusable, MissingPackage
 from attnsurgeon.host import load_host, rebuild_host
 from attnsurgeon.store import read_recipe
@@ -56,10 +57,9 @@ class TestEndToEnd:
         config = timm.get_pretrained_cfg("resnet18")
         assert host.weights == f"timm:resnet18.{config.tag}"
         assert (host.mean, host.std) == (tuple(config.mean), tuple(config.std))
-        for args in (("timm:resnet18.tv_in1k",), ("timm:resnet18", "--weights", "tv_in1k")):
-            done = run("insert", *args, *INSERT[2:], "-o", "x.safetensors", "--force")
-            assert done.code == 0, done.err
-            assert read_recipe("x.safetensors").host.weights == "timm:resnet18.tv_in1k"
+        for name, weights in (("resnet18.tv_in1k", "DEFAULT"), ("resnet18", "tv_in1k")):
+            card = card_of(load_host(f"timm:{name}", weights=weights))
+            assert card.weights == "timm:resnet18.tv_in1k"
 
     @pytest.mark.parametrize(
         ("name", "arguments", "shape"),
@@ -73,7 +73,7 @@ class TestEndToEnd:
     )
     def test_the_size_of_its_input(self, name, arguments, shape):
         model = load_host(f"timm:{name}", weights="none", arguments=arguments)
-        card = model.__dict__["_attnsurgeon_card"]
+        card = card_of(model)
         known = timm.get_pretrained_cfg(name).input_size
         assert card.input_shapes == ((1, arguments.get("in_chans", known[0]), *known[1:]),)
         again = rebuild_host(card, weightless=True)

@@ -13,6 +13,7 @@ from torchvision.models import WeightsEnum, get_model_builder, get_model_weights
 from attnsurgeon.builder import build_network, weights_on_meta
 from attnsurgeon.card import HostCard, give_card
 from attnsurgeon.errors import AttnSurgeonError, UnknownName
+from attnsurgeon.inputs import input_shapes
 from attnsurgeon.sites import default_example
 
 
@@ -49,7 +50,7 @@ def make(name: str, weights: str, arguments: Mapping[str, Any]) -> nn.Module:
     known = get_model_weights(name)
     chosen = _find_weights(name, known, weights) if weights != "none" else None
     model = build_network(name, arguments, chosen)
-    give_card(model, _describe(name, model, arguments, chosen, chosen or next(iter(known), None)))
+    give_card(model, _describe(name, model, arguments, chosen))
     return model
 
 
@@ -64,26 +65,22 @@ def _find_weights(name: str, known: Any, weights: str) -> WeightsEnum:
 
 
 def _describe(
-    name: str,
-    model: nn.Module,
-    arguments: Mapping[str, Any],
-    chosen: WeightsEnum | None,
-    described: WeightsEnum | None,
+    name: str, model: nn.Module, arguments: Mapping[str, Any], chosen: WeightsEnum | None
 ) -> HostCard:
     """Write the card: the published input size, the classes and norms of the weights."""
-    preset = described.transforms() if described is not None else None
-    crop = getattr(preset, "crop_size", [224])
-    side = int(crop[0] if isinstance(crop, list | tuple) else crop)
+    preset = chosen.transforms() if chosen is not None else None
     channels = default_example(model, (1, 1)).shape[1]
-    trained = preset if chosen is not None else None
+    known = [chosen] if chosen is not None else list(get_model_weights(name))
+    shapes, is_list = input_shapes(name, model, channels, known)
     return HostCard(
         name=name,
         class_name=type(model).__name__,
         arguments=arguments,
         weights=str(chosen) if chosen is not None else None,
-        input_shapes=((1, channels, side, side),),
-        mean=tuple(getattr(trained, "mean", None) or ()) or None,
-        std=tuple(getattr(trained, "std", None) or ()) or None,
+        input_shapes=shapes,
+        listed=is_list,
+        mean=tuple(getattr(preset, "mean", None) or ()) or None,
+        std=tuple(getattr(preset, "std", None) or ()) or None,
         categories=tuple(chosen.meta["categories"])
         if chosen and "categories" in chosen.meta
         else None,
@@ -128,5 +125,4 @@ def _if_same(
     same = type(candidate) is kind and repr(candidate) == wanted
     if not same or {k: t.shape for k, t in candidate.state_dict().items()} != keys:
         return None
-    described = next(iter(get_model_weights(name)), None)
-    return _describe(name, candidate, arguments, None, described)
+    return _describe(name, candidate, arguments, None)
