@@ -18,6 +18,7 @@ _PUBLIC = {
     "verify_unchanged": "verify",
     "save_model": "store",
     "load_model": "store",
+    "naming_host": "host",
     "export_model": "export",
     "compare_speed": "bench",
     "Site": "sites",
@@ -40,6 +41,7 @@ if TYPE_CHECKING:
     from attnsurgeon.export import Artifact as Artifact
     from attnsurgeon.export import export_model as export_model
     from attnsurgeon.gate import named_gates as gates  # noqa: F401
+    from attnsurgeon.host import naming_host as naming_host
     from attnsurgeon.operation import insert_attention as insert_attention
     from attnsurgeon.operation import insert_plan as insert_plan
     from attnsurgeon.plan import Cut as Cut

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +25,7 @@ from attnsurgeon.unwrapping import Checkpoint, bare_checkpoint
 
 Given = nn.Module | Callable[..., nn.Module] | str
 """How a network of the user's own is named again: itself, what makes it, or FILE.py:NAME."""
+_named: ContextVar[Given | None] = ContextVar("host of files", default=None)
 
 
 @dataclass(frozen=True)
@@ -202,6 +204,19 @@ def finish(host: Host, inputs: Sequence[str] = ()) -> Host:
     return Host(model.eval(), host.fit, (*host.notices, *notices))
 
 
+@contextmanager
+def naming_host(given: Given | None) -> Iterator[None]:
+    """Have files of a network of your own loaded with this host, wherever that is done inside.
+
+    Files whose hosts are known by name are loaded as ever. None changes nothing.
+    """
+    token = _named.set(given if given is not None else _named.get())
+    try:
+        yield
+    finally:
+        _named.reset(token)
+
+
 def rebuild_host(card: HostCard, *, weightless: bool = False) -> nn.Module:
     """Build the plain network of a card with random weights, or without memory for weights.
 
@@ -228,6 +243,11 @@ def rebuild_host(card: HostCard, *, weightless: bool = False) -> nn.Module:
         raise BadFile(f"the recipe's host cannot be built: {error}") from error
     give_card(model, card)
     return model.eval()
+
+
+def given_host(card: HostCard, given: Given | None) -> Given | None:
+    """Return what a card's network is to be made of: what is given, or named around the call."""
+    return _named.get() if given is None and card.name is None else given
 
 
 def host_of(card: HostCard, given: Given | None = None, *, weightless: bool = False) -> nn.Module:

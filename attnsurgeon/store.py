@@ -22,7 +22,7 @@ from attnsurgeon.errors import (
     HostUnusable,
     MissingPackage,
 )
-from attnsurgeon.host import Given, host_names, host_of
+from attnsurgeon.host import Given, given_host, host_names, host_of
 from attnsurgeon.operation import Certificate, certificate_of, give_certificate
 from attnsurgeon.outputs import atomic_output
 from attnsurgeon.plan import Plan
@@ -170,6 +170,7 @@ def load_model(path: str | os.PathLike[str], host: Given | None = None) -> nn.Mo
     """
     recipe = read_recipe(path)
     source = repr(str(path))
+    host = given_host(recipe.host, host)
     plain = None if host is None else host_of(recipe.host, host)
     try:
         state = load_file(path)
@@ -237,6 +238,7 @@ def load_plain(path: str | os.PathLike[str], host: Given | None = None) -> nn.Mo
         BadFile, HostUnusable, MissingPackage: see load_model.
     """
     recipe = read_recipe(path)
+    host = given_host(recipe.host, host)
     model = _new_host(None if host is None else host_of(recipe.host, host), host, recipe)
     keys = model.state_dict().keys()
     load_state(model, {k: t for k, t in load_file(path).items() if k in keys}, repr(str(path)))

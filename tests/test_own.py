@@ -1,6 +1,8 @@
 """A network of one's own: named on the command line, checkpointed, and named again later."""
 
 import json
+import re
+import shlex
 import sys
 import textwrap
 from pathlib import Path
@@ -16,6 +18,7 @@ from attnsurgeon.host import load_host
 from attnsurgeon.job import open_model
 from attnsurgeon.store import load_plain, read_recipe
 
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 PARTS = """
     from torch import nn
 
@@ -261,6 +264,27 @@ class TestRecipe:
         with pytest.raises(HostUnusable, match="head.bias float32 instead of int64"):
             attnsurgeon.load_model("made.safetensors", host=whole)
 
+    def test_named_around_what_loads_it(self, made, run, digits_file):
+        with attnsurgeon.naming_host("net.py:build"):
+            outer = attnsurgeon.load_model("made.safetensors")
+            with attnsurgeon.naming_host(None):  # changes nothing
+                attnsurgeon.load_model("made.safetensors")
+            assert type(attnsurgeon.load_model(digits_file)).__name__ == "MobileNetV2"
+        assert type(outer).__name__ == "TinyNet"
+        with pytest.raises(HostUnusable, match="no code is run"):
+            attnsurgeon.load_model("made.safetensors")
+
+    def test_benched(self, made, run):
+        flags = ("--seconds", "0.05", "--json")
+        outcome = run("bench", "made.safetensors", *flags)
+        assert outcome.code == 2
+        assert "--host path/to/net.py:build" in outcome.err
+        outcome = run("bench", "made.safetensors", *flags, "--host", "net.py:build")
+        assert outcome.code == 0, outcome.err
+        assert len(json.loads(outcome.out)["comparisons"]) == 1
+        outcome = run("bench", "net.py:build", "--input-size", "32", *flags)
+        assert outcome.code == 0, outcome.err
+
     def test_a_host_is_for_files(self, net, refused):
         refused(*INSERT, "--host", "net.py:build", says=["--host", "net.py:build names one"])
 
@@ -411,3 +435,19 @@ class TestFactories:
         torch.save(trained(num_classes=9).state_dict(), "x.pth")
         args = ("insert", "net.py:fixed", *INPUT, "--block", "se", "--checkpoint", "x.pth")
         refused(*args, says=["head.weight (9, 8) instead of (10, 8)", "--num-classes"])
+
+
+def test_the_readmes_own_network(run, net):
+    """The file and the commands of the README's section, as they stand there."""
+    section = README.partition("## Your own network")[2].partition("\n## ")[0]
+    code = re.search(r"```python\n# nets/mine.py\n(.*?)```", section, re.S)[1]
+    (net / "nets").mkdir()
+    (net / "nets" / "mine.py").write_text(code)
+    plan = re.search(r"```json\n(.*?)```", section, re.S)[1]
+    (net / "plan.json").write_text(plan)
+    torch.save({"model": load_host("nets/mine.py:build").state_dict()}, "mine.pth")
+    commands = re.findall(r"^attnsurgeon (.*)$", section, re.M)
+    assert len(commands) >= 6
+    for command in commands:
+        done = run(*shlex.split(command, comments=True))
+        assert done.code == 0, (command, done.err)
