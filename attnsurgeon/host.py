@@ -265,13 +265,17 @@ def host_of(card: HostCard, given: Given | None = None, *, weightless: bool = Fa
     """
     if given is None:
         return rebuild_host(card, weightless=weightless)
+    # A network that was recognised has the arguments of its registered builder, not of a factory.
+    arguments = card.arguments if card.name is None else {}
     if isinstance(given, str):
-        model = source_of(given).make(given, NO_WEIGHTS, card.arguments)
+        source = source_of(given)
+        told = arguments if source is own else card.arguments
+        model = source.make(given, NO_WEIGHTS, told)
     elif isinstance(given, nn.Module):
         model = given
     else:
         called = getattr(given, "__qualname__", type(given).__name__)
-        model = own.call_factory(given, card.arguments, called)
+        model = own.call_factory(given, arguments, called)
     model = _inner(model)
     if type(model).__name__ != card.class_name:
         raise HostUnusable(

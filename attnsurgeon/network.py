@@ -39,6 +39,16 @@ def plain_network(model: Any) -> tuple[nn.Module, tuple[str, ...]]:
             place, not initialised, or has weights that a hook computes; the message says what to
             do.
     """
+    inner, notices = unwrap(model)
+    if not isinstance(inner, nn.Module):
+        raise HostUnusable(f"this is {type(inner).__name__}, no torch.nn.Module; pass the network")
+    for path, module in inner.named_modules():
+        _check_module(path, module)
+    return inner, notices
+
+
+def unwrap(model: Any) -> tuple[Any, tuple[str, ...]]:
+    """Return what is inside wrappers, whatever it is, and a sentence about each wrapper."""
     notices = []
     while isinstance(model, nn.Module):
         if isinstance(model, _PARALLEL):
@@ -50,10 +60,6 @@ def plain_network(model: Any) -> tuple[nn.Module, tuple[str, ...]]:
         kind = type(model).__name__
         notices.append(f"the network was taken out of {kind} (.{where}); wrap the result again")
         model = inside
-    if not isinstance(model, nn.Module):
-        raise HostUnusable(f"this is {type(model).__name__}, no torch.nn.Module; pass the network")
-    for path, module in model.named_modules():
-        _check_module(path, module)
     return model, tuple(notices)
 
 

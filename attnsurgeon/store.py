@@ -23,11 +23,12 @@ from attnsurgeon.errors import (
     MissingPackage,
 )
 from attnsurgeon.host import Given, given_host, host_names, host_of
+from attnsurgeon.network import unwrap
 from attnsurgeon.operation import Certificate, certificate_of, give_certificate
 from attnsurgeon.outputs import atomic_output
 from attnsurgeon.plan import Plan
 from attnsurgeon.recipe import Recipe, sha256_of
-from attnsurgeon.sources.torchvision_models import recognise
+from attnsurgeon.sources import timm_models, torchvision_models
 from attnsurgeon.surgery import apply_plan, attention_paths, cuts_of, is_new_key, remove_attention
 
 DEPLOYED = (".onnx", ".pt", ".pth", ".ckpt")
@@ -40,12 +41,13 @@ def save_model(model: nn.Module, path: str | os.PathLike[str], *, force: bool = 
     """Write an operated network to a safetensors file with its recipe.
 
     The original tensors stand under their original keys, byte for byte. The file is whole or
-    not there; the same model gives the same bytes.
+    not there; the same model gives the same bytes. Of a compiled or parallel one, that inside.
 
     Raises:
         HostUnusable: the model was not operated on.
         OutputRefused: the file cannot be written, or exists and `force` is not given.
     """
+    model, _ = unwrap(model)
     recipe = make_recipe(model)
     with atomic_output(path, force=force) as part:
         save_file(_separate(model.state_dict()), part, metadata={KEY: recipe.dumps()})
@@ -78,10 +80,11 @@ def make_recipe(model: nn.Module) -> Recipe:
 
 
 def _host_card(model: nn.Module) -> HostCard:
-    """Return the model's card; a torchvision network without one is recognised by its build."""
+    """Return the model's card; a registered network without one is recognised by its build."""
     card = card_of(model) or HostCard(name=None, class_name=type(model).__name__)
     if card.name is None:
-        known = recognise(_bare(model))
+        bare = remove_attention(model)
+        known = torchvision_models.recognise(bare) or timm_models.recognise(bare)
         if known is not None:
             known = replace(
                 known,
@@ -92,11 +95,6 @@ def _host_card(model: nn.Module) -> HostCard:
             give_card(model, known)
             return known
     return card
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    """Return the network without its attention, its tensors on meta: only its build counts."""
-    return remove_attention(model)
 
 
 def _separate(state: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -285,6 +285,22 @@ class TestRecipe:
         outcome = run("bench", "net.py:build", "--input-size", "32", *flags)
         assert outcome.code == 0, outcome.err
 
+    def test_a_registered_network_from_own_code_needs_no_naming(self, run, net):
+        (net / "mine.py").write_text(
+            "import torchvision\n"
+            "def build(classes=3):\n"
+            "    return torchvision.models.mobilenet_v3_small(weights=None, num_classes=classes)\n"
+        )
+        args = ("mine.py:build", "--model-arg", "classes=4", "--input", "1,3,64,64")
+        where = ("--block", "se", "--stage", "2", "-o", "x.safetensors")
+        assert run("insert", *args, *where).code == 0
+        assert ()
+        host = read_recipe("x.safetensors").host
+        assert (host.name, host.arguments) == ("mobilenet_v3_small", {"num_classes": 4})
+        assert run("verify", "x.safetensors").code == 0
+        with pytest.raises(HostUnusable, match="of another shape"):  # it is made with 3 classes
+            attnsurgeon.load_model("x.safetensors", host="mine.py:build")
+
     def test_a_host_is_for_files(self, net, refused):
         refused(*INSERT, "--host", "net.py:build", says=["--host", "net.py:build names one"])
 

@@ -83,6 +83,31 @@ class TestEndToEnd:
         assert shape[1] == card.input_shapes[0][1]
 
 
+class TestRecognised:
+    """A network of timm's that is given to the library is known by its build."""
+
+    def save(self, model, file):
+        image = torch.zeros(1, 3, 64, 64)
+        operated = attnsurgeon.insert_attention(model, "se", at="layer4.*", example=image)
+        attnsurgeon.save_model(operated, file)
+        return read_recipe(file).host
+
+    @pytest.mark.parametrize("arguments", [{}, {"num_classes": 3}])
+    def test_and_loaded_by_its_name(self, tmp_path, arguments):
+        model = timm.create_model("resnet18", pretrained=False, **arguments).eval()
+        host = self.save(model, tmp_path / "x.safetensors")
+        assert (host.name, host.arguments) == ("timm:resnet18", arguments)
+        assert host.input_shapes == ((1, 3, 64, 64),)
+        image = torch.randn(2, 3, 64, 64)
+        again = attnsurgeon.load_model(tmp_path / "x.safetensors")
+        assert torch.equal(again(image), model(image))
+
+    def test_not_if_it_was_changed(self, tmp_path):
+        model = timm.create_model("resnet18", pretrained=False).eval()
+        model.fc = torch.nn.Sequential(torch.nn.Linear(512, 7))
+        assert self.save(model, tmp_path / "x.safetensors").name is None
+
+
 class TestRefused:
     @pytest.mark.parametrize(
         ("args", "says"),

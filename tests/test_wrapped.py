@@ -79,6 +79,14 @@ class TestTakenOut:
             assert plain_network(model) == (model, ())
             insert(model)
 
+    def test_to_be_saved(self, tmp_path):
+        operated = insert(resnet())
+        attnsurgeon.save_model(operated, tmp_path / "bare.safetensors")
+        wrapped = torch.compile(nn.DataParallel(operated), backend="eager")
+        attnsurgeon.save_model(wrapped, tmp_path / "wrapped.safetensors")
+        files = [(tmp_path / f"{name}.safetensors").read_bytes() for name in ("bare", "wrapped")]
+        assert files[0] == files[1]
+
     def test_as_the_host_of_a_file(self, tmp_path):
         small = nn.Sequential(resnet())  # of a class of its own: no registry makes it
         operated = attnsurgeon.insert_attention(small, "se", at="0.layer4.*")

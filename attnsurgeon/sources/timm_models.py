@@ -8,9 +8,21 @@ from typing import Any
 
 from torch import nn
 
-from attnsurgeon.builder import borrowed_building, came_out_of, misfit, unfetched
+from attnsurgeon.builder import (
+    borrowed_building,
+    came_out_of,
+    misfit,
+    unfetched,
+    weights_on_meta,
+)
 from attnsurgeon.card import HostCard, give_card
-from attnsurgeon.errors import BadOption, MissingPackage, UnknownName, WeightsUnavailable
+from attnsurgeon.errors import (
+    AttnSurgeonError,
+    BadOption,
+    MissingPackage,
+    UnknownName,
+    WeightsUnavailable,
+)
 
 PREFIX = "timm:"
 
@@ -94,24 +106,51 @@ def make(name: str, weights: str, arguments: Mapping[str, Any]) -> nn.Module:
     if trained:
         _check_classes(bare, arguments)
     model = _create(bare, trained, arguments)
+    give_card(model, _describe(model, bare, arguments, trained=trained))
+    return model
+
+
+def _describe(
+    model: nn.Module, bare: str, arguments: Mapping[str, Any], *, trained: bool
+) -> HostCard:
+    """Write the card: input size, and of trained weights the norms, as timm's config tells."""
     config = importlib.import_module("timm.data").resolve_model_data_config(model)
     channels, height, width = config["input_size"]
     size = arguments.get("img_size", (height, width))
     height, width = (size, size) if isinstance(size, int) else size
-    full = _full_name(model, bare) if trained else None
-    give_card(
-        model,
-        HostCard(
-            name=f"{PREFIX}{bare}",
-            class_name=type(model).__name__,
-            arguments=dict(arguments),
-            weights=full,
-            input_shapes=((1, arguments.get("in_chans", channels), height, width),),
-            mean=tuple(config["mean"]) if trained else None,
-            std=tuple(config["std"]) if trained else None,
-        ),
+    return HostCard(
+        name=f"{PREFIX}{bare}",
+        class_name=type(model).__name__,
+        arguments=dict(arguments),
+        weights=_full_name(model, bare) if trained else None,
+        input_shapes=((1, arguments.get("in_chans", channels), height, width),),
+        mean=tuple(config["mean"]) if trained else None,
+        std=tuple(config["std"]) if trained else None,
     )
-    return model
+
+
+def recognise(model: nn.Module) -> HostCard | None:
+    """Return the card of the network of timm's registry that is exactly this one, or None.
+
+    It is if it prints the same modules with the same settings and has the same keys and shapes
+    when it is built by the name that it bears, perhaps with its number of classes.
+    """
+    config: Any = getattr(model, "pretrained_cfg", None)
+    if not type(model).__module__.startswith("timm.") or not hasattr(config, "get"):
+        return None
+    bare = str(config.get("architecture"))
+    shapes = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    classes = getattr(model, "num_classes", None)
+    for arguments in ({}, {"num_classes": classes}):
+        try:
+            with weights_on_meta():
+                twin = _create(bare, False, arguments)
+        except (AttnSurgeonError, RuntimeError, TypeError, ValueError):
+            continue
+        same = type(twin) is type(model) and repr(twin) == repr(model)
+        if same and {key: t.shape for key, t in twin.state_dict().items()} == shapes:
+            return _describe(twin, bare, arguments, trained=False)
+    return None
 
 
 def _full_name(model: nn.Module, bare: str) -> str:
