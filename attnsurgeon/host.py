@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from torchvision.models import list_models
 
+from attnsurgeon.borrow import borrowed_randomness
 from attnsurgeon.builder import weights_on_meta
 from attnsurgeon.card import WEIGHT_ARGUMENTS, HostCard, card_of, give_card
 from attnsurgeon.checkpoint import Fit, class_counts, load_checkpoint, read_checkpoint
@@ -114,6 +115,28 @@ def open_host(
     else:
         host = _with_checkpoint(name, extra, read_checkpoint(checkpoint, checkpoint_key))
     return finish(host, inputs)
+
+
+def load_outline(
+    name: str, arguments: Mapping[str, Any] | None = None, inputs: Sequence[str] = ()
+) -> nn.Module:
+    """Build a network to be watched: its shapes, its card, and no memory for its weights.
+
+    A network that computes with its weights while it is built has them, at random; one of your
+    own has what its factory gives.
+
+    Raises:
+        AttnSurgeonError: see load_host.
+    """
+    if source_of(name) is not own:
+        try:
+            with weights_on_meta():
+                return load_host(name, weights=NO_WEIGHTS, arguments=arguments, inputs=inputs)
+        except RuntimeError as error:
+            if isinstance(error, AttnSurgeonError) or "meta" not in str(error):
+                raise
+    with borrowed_randomness(0):
+        return load_host(name, weights=NO_WEIGHTS, arguments=arguments, inputs=inputs)
 
 
 def check_host(

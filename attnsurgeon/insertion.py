@@ -57,6 +57,7 @@ class Insertion:
     parameters: Mapping[str, int]
     tensors: Mapping[str, int]
     skipped: Mapping[str, str]
+    attended: tuple[str, ...] = ()
     checkpoint: Fit | None = None
     verdict: Verdict | None = None
     liveness: Liveness | None = None
@@ -82,13 +83,18 @@ class Insertion:
             "plan": [step.to_json() for step in self.steps],
             "sites": [cost.to_json() for cost in self.costs],
             "skipped": dict(self.skipped),
+            "attended": list(self.attended),
             "parameters": dict(self.parameters),
             "tensors": dict(self.tensors),
             "checkpoint": self.checkpoint and self.checkpoint.to_json(self.tensors["new"]),
             "identity": self.verdict
             and {"exact": self.verdict.exact, "inputs": list(self.verdict.inputs)},
             "liveness": self.liveness
-            and {"gates": self.liveness.gates, "live": self.liveness.live},
+            and {
+                "gates": self.liveness.gates,
+                "live": self.liveness.live,
+                "lent": list(self.liveness.lent),
+            },
         }
 
 

@@ -10,16 +10,27 @@ from typing import Any
 from torch import nn
 
 from attnsurgeon.checkpoint import load_checkpoint, read_checkpoint
-from attnsurgeon.errors import BadOption, IdentityBroken
+from attnsurgeon.errors import BadOption, HostUnusable, IdentityBroken
 from attnsurgeon.export import export_model, export_suffixes
 from attnsurgeon.export.format import format_for
-from attnsurgeon.host import DEFAULT_WEIGHTS, NO_WEIGHTS, Given, Host, check_host, finish, open_host
+from attnsurgeon.host import (
+    DEFAULT_WEIGHTS,
+    NO_WEIGHTS,
+    Given,
+    Host,
+    check_host,
+    finish,
+    load_host,
+    load_outline,
+    open_host,
+)
 from attnsurgeon.insertion import Insertion, count_new, cut_costs
 from attnsurgeon.operation import operate
 from attnsurgeon.outputs import check_output
 from attnsurgeon.plan import Plan
 from attnsurgeon.recipe import sha256_of
-from attnsurgeon.sites import as_inputs
+from attnsurgeon.sites import Site, as_inputs, find_sites
+from attnsurgeon.sources import own, source_of
 from attnsurgeon.steps import Step, load_steps, plan_steps
 from attnsurgeon.store import is_model_file, load_model, save_model
 from attnsurgeon.surgery import attention_paths, count_parameters, is_new_key
@@ -151,6 +162,29 @@ def open_target(
     return finish(Host(loaded, fit), inputs)
 
 
+def watch(
+    model: str,
+    arguments: Mapping[str, Any] | None = None,
+    inputs: Sequence[str] = (),
+    host: Given | None = None,
+) -> list[Site]:
+    """Return the sites of what a MODEL argument names, without memory for a host's weights.
+
+    Raises:
+        AttnSurgeonError: see open_model and find_sites.
+    """
+    given: dict[str, Any] = {"arguments": arguments, "inputs": inputs}
+    if host is not None or is_model_file(model):
+        return find_sites(open_model(model, weights=NO_WEIGHTS, host=host, **given))
+    check_host(model)
+    try:
+        return find_sites(load_outline(model, **given))
+    except HostUnusable:  # it asks for numbers, which an outline does not have
+        if source_of(model) is own:
+            raise
+        return find_sites(load_host(model, weights=NO_WEIGHTS, **given))
+
+
 def run_insert(job: InsertJob, progress: Callable[[str], None] = lambda text: None) -> Insertion:
     """Load, plan, operate, prove, write; in a dry run load and plan only.
 
@@ -257,6 +291,7 @@ class _Work:
                 "new": count_new(model, self.plan),
             },
             skipped=self.plan.skipped,
+            attended=self.plan.attended,
             checkpoint=self.host.fit,
         )
 
@@ -303,6 +338,7 @@ class _Work:
                 "new": len(after) - len(before),
             },
             skipped=self.plan.skipped,
+            attended=self.plan.attended,
             checkpoint=self.host.fit,
             verdict=verdict,
             liveness=liveness,

@@ -18,7 +18,7 @@ from attnsurgeon.schema import read_as
 from attnsurgeon.sites import Site, find_sites
 
 REPORTED = (
-    *("model", "output", "block", "placement", "sites", "skipped"),
+    *("model", "output", "block", "placement", "sites", "skipped", "attended"),
     *("parameters", "tensors", "checkpoint", "identity", "liveness"),
 )
 """What a dry run prints beside its plan; it is left alone when that is read back."""

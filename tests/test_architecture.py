@@ -21,7 +21,7 @@ FLOORS = [
     {"sites"},
     {"sources", "plan"},
     {"host", "steps", "surgery", "verify"},
-    {"operation"},
+    {"operation", "survey"},
     {"recipe"},
     {"store"},
     {"export"},

@@ -294,7 +294,6 @@ class TestRecipe:
         args = ("mine.py:build", "--model-arg", "classes=4", "--input", "1,3,64,64")
         where = ("--block", "se", "--stage", "2", "-o", "x.safetensors")
         assert run("insert", *args, *where).code == 0
-        assert ()
         host = read_recipe("x.safetensors").host
         assert (host.name, host.arguments) == ("mobilenet_v3_small", {"num_classes": 4})
         assert run("verify", "x.safetensors").code == 0

@@ -35,13 +35,13 @@ def sites(
     host: OwnHost = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
 ) -> None:
-    """Show the residual blocks that one forward pass finds, with their measured shapes."""
-    from attnsurgeon.job import open_model
+    """Show what one forward pass finds: residual blocks, merges, plain blocks, activations.
+
+    Each comes with its kind, layout, measured shape, placements and the attention it can take.
+    """
+    from attnsurgeon.job import watch
     from attnsurgeon.report.sites import show_sites, site_to_json
-    from attnsurgeon.sites import find_sites
 
     tell(f"watching {model}")
-    arguments = read_arguments(model_arg)
-    network = open_model(model, weights="none", arguments=arguments, inputs=input_ or (), host=host)
-    found = find_sites(network)
+    found = watch(model, read_arguments(model_arg), input_ or (), host)
     say_json([site_to_json(s) for s in found]) if as_json else say(show_sites(model, found))
