@@ -1,4 +1,4 @@
-"""The contract of every block at every placement in every host; a new one is tested by existing."""
+"""The contract of the blocks at their placements in the hosts; a new one is tested by existing."""
 
 import copy
 import functools
@@ -9,8 +9,8 @@ import torch
 import attnsurgeon
 from attnsurgeon import blocks
 from attnsurgeon.errors import IdentityBroken, PlacementUnavailable
-from attnsurgeon.operation import certificate_of
-from attnsurgeon.plan import make_plan
+from attnsurgeon.operation import certificate_of, operate
+from attnsurgeon.plan import Plan, make_plan
 from attnsurgeon.sites import PLACEMENTS
 from attnsurgeon.store import load_model, save_model
 from attnsurgeon.surgery import apply_plan, attention_paths, cuts_of, is_new_key
@@ -20,11 +20,24 @@ from tests import hosts
 EXAMPLE = torch.zeros(1, 3, 64, 64)
 BATCHES = [hosts.image(2), hosts.image(3, (96, 64))]
 
+FULL = ("cbam", "gc", "se", "sk")
+"""Run at every placement of every host; between them they multiply, add, normalise and replace."""
+OTHERS = [block for block in blocks.names() if block not in FULL]
+"""The wiring does not know them apart from those: one host each with all their placements at
+once, and one placement of another."""
 CASES = [
     (name, block, placement)
     for name in hosts.NAMES
-    for block in blocks.names()
+    for block in FULL
     for placement in blocks.get(block).placements
+]
+SMALL, SECOND = "resnet18", "mobilenet_v2"
+MORE = [
+    *((SMALL, block, blocks.get(block).placements) for block in OTHERS),
+    *(
+        (SECOND, block, (blocks.get(block).placements[i % len(blocks.get(block).placements)],))
+        for i, block in enumerate(OTHERS)
+    ),
 ]
 
 
@@ -45,7 +58,26 @@ def test_contract(name, block, placement, tmp_path):
         return
     before = {key: tensor.clone() for key, tensor in host.state_dict().items()}
     operated = attnsurgeon.insert_attention(host, block, placement=placement, example=EXAMPLE)
+    hold_to_the_contract(host, before, operated, tmp_path)
 
+
+@pytest.mark.parametrize(("name", "block", "placements"), MORE)
+def test_contract_of_the_others(name, block, placements, tmp_path):
+    """Put the block at a site for each of these placements, all in one network."""
+    host = hosts.host(name)
+    before = {key: tensor.clone() for key, tensor in host.state_dict().items()}
+    cuts = []
+    for i, placement in enumerate(placements):
+        at = [site.path for site in hosts.sites(name) if placement in site.placements][i]
+        cuts += make_plan(host, hosts.sites(name), block, at=at, placement=placement).cuts
+    operated = copy.deepcopy(host)
+    operate(operated, Plan(tuple(cuts)), (EXAMPLE,))
+    assert [cut.placement for cut in cuts_of(operated)] == list(placements)
+    hold_to_the_contract(host, before, operated, tmp_path)
+
+
+def hold_to_the_contract(host, before, operated, tmp_path):
+    """Check everything that is promised of an operated network; `before` is the host's state."""
     # exact, in eval and train mode, and the given model untouched
     verdict = verify_unchanged(host, operated, BATCHES)
     assert verdict.exact, verdict.differences
@@ -97,7 +129,10 @@ def test_the_cases_are_not_empty():
 @pytest.mark.parametrize("suffix", [".onnx", ".pt"])
 @pytest.mark.parametrize("name", hosts.NAMES)
 def test_exported(name, suffix, tmp_path):
-    """Export a host with every block at every placement it has, each at sites of its own."""
+    """Export a host with FULL at every placement it has, each at sites of its own.
+
+    The others are exported by themselves, with opened gates: see test_blocks_dims.
+    """
     operated = mixture(name)
     made = {(cut.block, cut.placement) for cut in cuts_of(operated)}
     assert made == {case[1:] for case in CASES if case[0] == name and hosts.offers(*case)}
@@ -112,11 +147,11 @@ def test_exported(name, suffix, tmp_path):
 
 @functools.cache
 def mixture(name):
-    """Put every block at every placement, in turn over the sites, so that one export has all."""
+    """Put those blocks at every placement, in turn over the sites, so that one export has all."""
     host, sites = hosts.host(name), hosts.sites(name)
     operated = copy.deepcopy(host)
     for placement in PLACEMENTS:
-        able = [block for block in blocks.names() if hosts.offers(name, block, placement)]
+        able = [block for block in FULL if hosts.offers(name, block, placement)]
         offering = [site.path for site in sites if placement in site.placements]
         for i, block in enumerate(able):
             # A few sites each: the attention is what is on trial, and large graphs take long.

@@ -42,7 +42,7 @@ def option_types(name: str) -> dict[str, Any]:
     """Return option -> annotated type of a block: the keyword-only arguments a user may set."""
     block = get(name)
     hints = typing.get_type_hints(block.__init__)
-    measured = set(Place.__dataclass_fields__)
+    measured = block.measured(Place(1, dims=3))
     return {
         parameter.name: hints[parameter.name]
         for parameter in inspect.signature(block).parameters.values()

@@ -23,7 +23,7 @@ def add_to(app: typer.Typer) -> None:
 def blocks(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
 ) -> None:
-    """Show every attention block: paper, parameters, placements, options."""
+    """Show every attention block: paper, formula, parameters, layouts, placements, options."""
     from attnsurgeon.report.blocks import blocks_to_json, show_blocks
 
     say_json(blocks_to_json()) if as_json else say(show_blocks())

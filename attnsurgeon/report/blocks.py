@@ -41,16 +41,22 @@ def _describe(name: str) -> dict[str, Any]:
 def show_blocks() -> RenderableType:
     """Return one row per block."""
     table = new_table(f"attention blocks, parameters at C = {WIDTH}")
-    for heading in ("block", "paper", "parameters", "placements", "options"):
-        table.add_column(heading, justify="right" if heading == "parameters" else "left")
+    table.add_column("block", min_width=22)  # of the longest word of a title
+    table.add_column("paper", no_wrap=True)
+    table.add_column("parameters", justify="right")
+    table.add_column("formula")
+    table.add_column("layouts")
+    table.add_column("placements")
+    table.add_column("options", no_wrap=True)
     for entry in blocks_to_json():
-        options = ", ".join(f"{k}={_short(v)}" for k, v in entry["options"].items())
         table.add_row(
             f"{entry['name']}\n{entry['title']}",
             entry["paper"],
-            f"{entry['parameters']:,}\n{entry['formula']}",
-            ", ".join(entry["placements"]),
-            options,
+            f"{entry['parameters']:,}",
+            entry["formula"],
+            " ".join(entry["layouts"]),
+            " ".join(entry["placements"]),
+            "\n".join(f"{k}={_short(v)}" for k, v in entry["options"].items()),
         )
     return table
 
