@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 
 @contextmanager
@@ -44,6 +46,7 @@ def on_meta(model: nn.Module) -> Iterator[None]:
     """Put stand-ins without memory in the place of all tensors, and the very tensors back.
 
     Each module is visited once, by whatever paths it can be reached, and tied tensors stay tied.
+    What a forward keeps in plain attributes (anchors, say) is put back as well.
     """
     stores: list[dict[str, Any]] = [
         store for module in model.modules() for store in (module._parameters, module._buffers)
@@ -55,6 +58,7 @@ def on_meta(model: nn.Module) -> Iterator[None]:
         if tensor is not None
     ]
     stand_ins: dict[int, torch.Tensor] = {}
+    attributes = [(module, _plain_attributes(module)) for module in model.modules()]
     try:
         for tensors, name, tensor in held:
             if id(tensor) not in stand_ins:
@@ -64,6 +68,19 @@ def on_meta(model: nn.Module) -> Iterator[None]:
     finally:
         for tensors, name, tensor in held:
             tensors[name] = tensor
+        for module, values in attributes:
+            for name in set(_plain_attributes(module)) - set(values):
+                del module.__dict__[name]
+            module.__dict__.update(values)
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return what a module holds beside tensors, children and hooks; collections as copies."""
+    return {
+        name: copy.copy(value) if type(value) in (list, dict, set) else value
+        for name, value in module.__dict__.items()
+        if not name.startswith("_")
+    }
 
 
 def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
@@ -71,6 +88,14 @@ def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(empty, tensor.requires_grad)
     return empty
+
+
+def stand_ins(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return inputs of the same shapes without memory."""
+    found: tuple[Any, ...] = tree_map_only(
+        torch.Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), inputs
+    )
+    return found
 
 
 @contextmanager

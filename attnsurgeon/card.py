@@ -29,7 +29,8 @@ _MOST_NUMBERS = 2**28
 class HostCard:
     """How a host is made again, and what its inputs and outputs mean; it stands in every recipe.
 
-    `name` is None for a network of the user's own: it must be given again at loading.
+    `name` is None for a network of the user's own: it must be given again at loading. `listed`
+    says that the inputs come as one list of images (3, H, W), as detectors take them.
     """
 
     name: str | None
@@ -40,6 +41,7 @@ class HostCard:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     categories: tuple[str, ...] | None = None
+    listed: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values that `from_json` reads."""
@@ -62,12 +64,13 @@ class HostCard:
             raise BadFile(str(error)) from error
         return card
 
-    def example(self, like: Tensor | None = None) -> tuple[Tensor, ...]:
+    def example(self, like: Tensor | None = None) -> tuple[Any, ...]:
         """Return zeros of the input's shapes, with the device and dtype of `like`."""
         like = torch.empty(0) if like is None else like
-        return tuple(
+        parts = [
             torch.zeros(*shape, device=like.device, dtype=like.dtype) for shape in self.input_shapes
-        )
+        ]
+        return (parts,) if self.listed else tuple(parts)
 
 
 def _is_small_shape(shape: tuple[int, ...]) -> bool:

@@ -17,6 +17,7 @@ from attnsurgeon.builder import build_network, weights_on_meta
 from attnsurgeon.card import WEIGHT_ARGUMENTS, HostCard, give_card
 from attnsurgeon.checkpoint import load_state, read_checkpoint
 from attnsurgeon.errors import AttnSurgeonError, BadFile, BadOption, HostUnusable, UnknownName
+from attnsurgeon.inputs import input_shapes
 from attnsurgeon.sites import default_example
 
 DIGITS = "digits"
@@ -126,9 +127,8 @@ def _load_registered(
     chosen = None
     if checkpoint is None and weights != NO_WEIGHTS:
         chosen = _find_weights(name, known, weights)
-    described = chosen or next(iter(known), None)
     model = build_network(name, extra, chosen)
-    give_card(model, _describe(name, model, extra, chosen, described))
+    give_card(model, _describe(name, model, extra, chosen))
     return model
 
 
@@ -143,26 +143,22 @@ def _find_weights(name: str, known: Any, weights: str) -> WeightsEnum:
 
 
 def _describe(
-    name: str,
-    model: nn.Module,
-    extra: dict[str, Any],
-    chosen: WeightsEnum | None,
-    described: WeightsEnum | None,
+    name: str, model: nn.Module, extra: dict[str, Any], chosen: WeightsEnum | None
 ) -> HostCard:
     """Write the card: the published input size, the classes and norms of the weights."""
-    preset = described.transforms() if described is not None else None
-    crop = getattr(preset, "crop_size", [224])
-    side = int(crop[0] if isinstance(crop, list | tuple) else crop)
+    preset = chosen.transforms() if chosen is not None else None
     channels = default_example(model, (1, 1)).shape[1]
-    trained = preset if chosen is not None else None
+    known = [chosen] if chosen is not None else list(get_model_weights(name))
+    shapes, is_list = input_shapes(name, model, channels, known)
     return HostCard(
         name=name,
         class_name=type(model).__name__,
         arguments=extra,
         weights=str(chosen) if chosen is not None else None,
-        input_shapes=((1, channels, side, side),),
-        mean=tuple(getattr(trained, "mean", None) or ()) or None,
-        std=tuple(getattr(trained, "std", None) or ()) or None,
+        input_shapes=shapes,
+        listed=is_list,
+        mean=tuple(getattr(preset, "mean", None) or ()) or None,
+        std=tuple(getattr(preset, "std", None) or ()) or None,
         categories=tuple(chosen.meta["categories"])
         if chosen and "categories" in chosen.meta
         else None,
@@ -235,5 +231,4 @@ def _if_same(
     same = type(candidate) is kind and repr(candidate) == wanted
     if not same or {k: t.shape for k, t in candidate.state_dict().items()} != keys:
         return None
-    described = next(iter(get_model_weights(name)), None)
-    return _describe(name, candidate, arguments, None, described)
+    return _describe(name, candidate, arguments, None)

@@ -11,16 +11,11 @@ import torch
 from attnsurgeon.card import card_of
 from attnsurgeon.errors import IdentityBroken
 from attnsurgeon.export.proof import gate_values, gates_at
+from attnsurgeon.liveness import Liveness, check_liveness
+from attnsurgeon.probes import probe_inputs
 from attnsurgeon.recipe import sha256_of
 from attnsurgeon.store import load_model, load_plain, read_recipe
-from attnsurgeon.verify import (
-    Liveness,
-    Verdict,
-    check_liveness,
-    compare,
-    probe_inputs,
-    record,
-)
+from attnsurgeon.verify import Verdict, compare, record
 
 
 @dataclass(frozen=True)

@@ -15,14 +15,15 @@ from attnsurgeon.errors import BadOption, IdentityBroken
 from attnsurgeon.export import Artifact, export_model, export_suffixes
 from attnsurgeon.export.format import format_for
 from attnsurgeon.host import DEFAULT_WEIGHTS, NO_WEIGHTS, check_host, load_host
+from attnsurgeon.liveness import Liveness
 from attnsurgeon.operation import operate
 from attnsurgeon.outputs import check_output
-from attnsurgeon.plan import Cut, Plan, check_request, make_plan
+from attnsurgeon.plan import Cut, Plan, check_request, make_plan, named_layers
 from attnsurgeon.recipe import sha256_of
 from attnsurgeon.sites import as_inputs, find_sites
 from attnsurgeon.store import is_model_file, load_model, save_model
 from attnsurgeon.surgery import attention_paths, build_attention, count_parameters, is_new_key
-from attnsurgeon.verify import Liveness, Verdict
+from attnsurgeon.verify import Verdict
 
 SAVED = ".safetensors"
 
@@ -38,6 +39,7 @@ class InsertJob:
     exclude: tuple[str, ...] = ()
     stages: tuple[int, ...] = ()
     every: int = 1
+    kind: str | None = None
     placement: str = "post"
     options: Mapping[str, Any] = field(default_factory=dict)
     weights: str = DEFAULT_WEIGHTS
@@ -143,7 +145,13 @@ def run_insert(job: InsertJob, progress: Callable[[str], None] = lambda text: No
     Raises:
         AttnSurgeonError: see open_model, make_plan, operate, save_model and export_model.
     """
-    check_request(job.block, placement=job.placement, every=job.every, options=job.options)
+    check_request(
+        job.block,
+        placement=job.placement,
+        every=job.every,
+        kind=job.kind,
+        options=job.options,
+    )
     if not is_model_file(job.model):
         check_host(
             job.model,
@@ -166,12 +174,13 @@ def run_insert(job: InsertJob, progress: Callable[[str], None] = lambda text: No
     example = as_inputs(model, None)
     plan = make_plan(
         model,
-        find_sites(model, example),
+        find_sites(model, example, named=named_layers(job.at, job.kind)),
         job.block,
         at=job.at,
         exclude=job.exclude,
         stages=job.stages,
         every=job.every,
+        kind=job.kind,
         placement=job.placement,
         options=job.options,
         seed=job.seed,
@@ -243,14 +252,13 @@ def _costs(model: nn.Module, plan: Plan) -> tuple[CutCost, ...]:
 
 
 def _reads(cut: Cut, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Return stand-ins for what the attention of a cut reads."""
-    out = torch.empty(cut.shape, dtype=dtype, device="meta")
+    """Return stand-ins for what the attention of a cut reads, channels second."""
+    sizes = cut.sizes
+    out = torch.empty(1, cut.place.channels, *sizes, dtype=dtype, device="meta")
     if cut.place.in_channels is None:
         return (out,)
-    batch, _, height, width = cut.shape
-    down, across = cut.place.stride
-    wide = out.new_empty(batch, cut.place.in_channels, height * down, width * across)
-    return wide, out
+    read = (size * step for size, step in zip(sizes, cut.place.stride, strict=True))
+    return out.new_empty(1, cut.place.in_channels, *read), out
 
 
 def _hashable_keys(model: nn.Module) -> list[str]:

@@ -10,10 +10,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from attnsurgeon.card import HostCard, card_of, give_card
-from attnsurgeon.plan import Plan, make_plan
+from attnsurgeon.liveness import Liveness
+from attnsurgeon.plan import Plan, make_plan, named_layers
+from attnsurgeon.probes import probe_inputs
 from attnsurgeon.sites import as_inputs, find_sites
 from attnsurgeon.surgery import apply_plan
-from attnsurgeon.verify import Liveness, Verdict, keep_promises, probe_inputs
+from attnsurgeon.verify import Verdict, keep_promises
 
 
 @dataclass(frozen=True)
@@ -63,23 +65,26 @@ def insert_attention(
     exclude: str | Iterable[str] = (),
     stage: int | Iterable[int] = (),
     every: int = 1,
+    kind: str | None = None,
     placement: str = "post",
     example: Any = None,
     seed: int = 0,
     **options: Any,
 ) -> nn.Module:
-    """Return a copy of a model with attention at its residual blocks, behind closed gates.
+    """Return a copy of a model with attention at its sites, behind closed gates.
 
     The copy computes bit for bit what the model computes, which is left untouched; its original
     keys are the model's. New parts join in the mode, dtype and device of their block.
 
     Args:
-        model: any network with residual blocks.
+        model: any network; see find_sites.
         block: name of the attention: se, cbam, sk, gc, or another of blocks.names().
         at: shell patterns on the dotted path of a block; each must match.
         exclude: shell patterns of blocks to leave out.
         stage: stages to choose from, numbered from 1 by feature size.
         every: take each `every`-th of the chosen sites.
+        kind: residual, merge, layer or plain; by default residual, or merge where there is no
+            residual block. A module named in full in `at` is taken whatever it is.
         placement: post, standard, pre, identity, conv or replace.
         example: an input, or a tuple of inputs; by default that of the network's card, or a
             (1, C, 224, 224) image batch.
@@ -99,7 +104,7 @@ def insert_attention(
         True
     """
     inputs = as_inputs(model, example)
-    sites = find_sites(model, inputs)
+    sites = find_sites(model, inputs, named=named_layers(at, kind))
     plan = make_plan(
         model,
         sites,
@@ -108,6 +113,7 @@ def insert_attention(
         exclude=exclude,
         stages=(stage,) if isinstance(stage, int) else stage,
         every=every,
+        kind=kind,
         placement=placement,
         options=options,
         seed=seed,

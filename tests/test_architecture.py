@@ -13,10 +13,11 @@ ROOT = PACKAGE.parent
 
 FLOORS = [
     {"errors", "digits"},
-    {"registry", "gate", "borrow", "outputs", "schema"},
+    {"registry", "gate", "borrow", "outputs", "schema", "tracks", "observation"},
     {"blocks"},
-    {"anatomy", "card", "checkpoint", "observe", "cost"},
-    {"wiring", "builder"},
+    {"anatomy", "card", "checkpoint", "cost", "trial"},
+    {"observe", "wiring", "builder", "probes", "inputs"},
+    {"spots", "liveness"},
     {"sites"},
     {"host", "plan"},
     {"surgery", "verify"},

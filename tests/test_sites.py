@@ -233,7 +233,7 @@ def test_an_operated_network_shows_its_hosts_sites(name):
     ],
 )
 def test_known_networks(name, count, stages):
-    sites = hosts.sites(name)
+    sites = [site for site in hosts.sites(name) if site.kind == "residual"]
     assert len(sites) == count
     assert sites[-1].stage == stages
     assert [s.stage for s in sites] == sorted(s.stage for s in sites)
@@ -291,7 +291,7 @@ class TestChoosing:
     def test_sites_without_the_placement_are_skipped_with_the_reason(self):
         host, sites = hosts.host("efficientnet_b0"), hosts.sites("efficientnet_b0")
         plan = make_plan(host, sites, "sk", placement="replace")
-        assert len(plan.cuts) + len(plan.skipped) == len(sites)
+        assert len(plan.cuts) + len(plan.skipped) == sum(s.kind == "residual" for s in sites)
         assert all("5x5, not 3x3" in reason for reason in plan.skipped.values())
         named = next(iter(plan.skipped))
         with pytest.raises(PlacementUnavailable, match="5x5, not 3x3"):
@@ -420,10 +420,15 @@ def test_a_forward_set_on_the_object_is_refused():
 
 
 class TestUnusable:
+    def test_nothing_that_attention_could_follow(self):
+        with pytest.raises(NoSites, match="has no site"):
+            find_sites(nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), torch.zeros(1, 3, 2, 2))
+
     def test_no_residual_block(self):
         plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
-        with pytest.raises(NoSites, match="no residual block"):
-            find_sites(plain)
+        assert [(site.path, site.kind) for site in find_sites(plain)] == [("1", "layer")]
+        with pytest.raises(NoSites, match="no residual block .* --kind layer"):
+            attnsurgeon.insert_attention(plain, "se")
 
     def test_wrong_input(self):
         with pytest.raises(HostUnusable, match=r"\(1, 4, 32, 32\)"):

@@ -57,6 +57,10 @@ def insert(
         list[int] | None, typer.Option(help="Stages (runs of one feature size), from 1.")
     ] = None,
     every: Annotated[int, typer.Option(help="Take each K-th of the chosen blocks.")] = 1,
+    kind: Annotated[
+        str | None,
+        typer.Option(help="residual (default), merge, layer or plain; see `attnsurgeon sites`."),
+    ] = None,
     placement: Annotated[
         str, typer.Option(help="post, standard, pre, identity, conv or replace.")
     ] = "post",
@@ -98,6 +102,7 @@ def insert(
         exclude=tuple(exclude or ()),
         stages=tuple(stage or ()),
         every=every,
+        kind=kind,
         placement=placement,
         options=read_assignments(set_ or (), "--set"),
         weights=weights,

@@ -16,7 +16,7 @@ def show_insertion(done: Insertion) -> RenderableType:
     for heading in ("channels", "feature size", "parameters", "multiply-adds"):
         table.add_column(heading, justify="right")
     for cost in done.costs:
-        size = "x".join(str(n) for n in cost.cut.shape[2:])
+        size = "x".join(str(n) for n in cost.cut.sizes)
         table.add_row(
             cost.cut.path,
             f"{cost.cut.place.channels:,}",
