@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from attnsurgeon import blocks
 from attnsurgeon.cost import multiply_adds
 from attnsurgeon.errors import BadOption, IdentityBroken
 from attnsurgeon.export import Artifact, export_model, export_suffixes
@@ -145,6 +146,7 @@ def run_insert(job: InsertJob, progress: Callable[[str], None] = lambda text: No
     Raises:
         AttnSurgeonError: see open_model, make_plan, operate, save_model and export_model.
     """
+    job = replace(job, block=blocks.learn(job.block))
     check_request(
         job.block,
         placement=job.placement,
@@ -197,7 +199,7 @@ def _output(job: InsertJob) -> Path:
         UnknownName: the suffix is of no format.
     """
     name = Path(job.model).stem if is_model_file(job.model) else job.model
-    output = job.output or Path(f"{name}_{job.block}{SAVED}")
+    output = job.output or Path(f"{name}_{blocks.label(job.block)}{SAVED}")
     if output.suffix.lower() != SAVED:
         format_for(output) if output.suffix.lower() in export_suffixes() else _refuse(output)
     return output

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from attnsurgeon import blocks
 from attnsurgeon.card import HostCard, card_of, give_card
 from attnsurgeon.liveness import Liveness
 from attnsurgeon.plan import Plan, make_plan, named_layers
@@ -78,7 +79,8 @@ def insert_attention(
 
     Args:
         model: any network; see find_sites.
-        block: name of the attention: se, cbam, sk, gc, or another of blocks.names().
+        block: name of the attention: se, cbam, sk, gc, or another of blocks.names(); a class of
+            your own as path/to/file.py:Class; a layer of timm as timm:NAME.
         at: shell patterns on the dotted path of a block; each must match.
         exclude: shell patterns of blocks to leave out.
         stage: stages to choose from, numbered from 1 by feature size.
@@ -108,7 +110,7 @@ def insert_attention(
     plan = make_plan(
         model,
         sites,
-        block,
+        blocks.learn(block),
         at=at,
         exclude=exclude,
         stages=(stage,) if isinstance(stage, int) else stage,

@@ -25,6 +25,7 @@ Examples:
   attnsurgeon insert resnext50_32x4d --block sk --placement replace -o sknet50.safetensors
   attnsurgeon insert resnet18 --checkpoint mine.pth --num-classes 10 --block cbam --at 'layer3.*'
   attnsurgeon insert resnet50_se.safetensors --block gc --at layer4.2 -o both.onnx
+  attnsurgeon insert resnet50 --block path/to/mine.py:MyAttention
 """
 
 
@@ -42,7 +43,10 @@ def insert(
     model: Annotated[
         str, typer.Argument(help="A torchvision name, `digits`, or a file of attnsurgeon.")
     ],
-    block: Annotated[str, typer.Option(help="se, cbam, sk or gc.")],
+    block: Annotated[
+        str,
+        typer.Option(help="A name of `attnsurgeon blocks`, timm:NAME, or path/to/file.py:Class."),
+    ],
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="A .safetensors, .onnx or .pt file to write."),
