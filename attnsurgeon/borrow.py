@@ -25,13 +25,17 @@ def borrowed_modes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def borrowed_buffers(model: nn.Module) -> Iterator[None]:
-    """Give every buffer (running statistics, counters) its tensor and its content back."""
+    """Give every buffer (running statistics, counters) its tensor and its content back.
+
+    What a forward keeps in plain attributes (anchors, a pyramid) is put back as well.
+    """
     held = [
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
+    attributes = _attributes(model)
     try:
         yield
     finally:
@@ -39,6 +43,18 @@ def borrowed_buffers(model: nn.Module) -> Iterator[None]:
             for module, name, buffer, content in held:
                 buffer.copy_(content)
                 module._buffers[name] = buffer
+        _put_back(attributes)
+
+
+def _attributes(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
+    return [(module, _plain_attributes(module)) for module in model.modules()]
+
+
+def _put_back(attributes: list[tuple[nn.Module, dict[str, Any]]]) -> None:
+    for module, values in attributes:
+        for name in set(_plain_attributes(module)) - set(values):
+            del module.__dict__[name]
+        module.__dict__.update(values)
 
 
 @contextmanager
@@ -58,7 +74,7 @@ def on_meta(model: nn.Module) -> Iterator[None]:
         if tensor is not None
     ]
     stand_ins: dict[int, torch.Tensor] = {}
-    attributes = [(module, _plain_attributes(module)) for module in model.modules()]
+    attributes = _attributes(model)
     try:
         for tensors, name, tensor in held:
             if id(tensor) not in stand_ins:
@@ -68,10 +84,7 @@ def on_meta(model: nn.Module) -> Iterator[None]:
     finally:
         for tensors, name, tensor in held:
             tensors[name] = tensor
-        for module, values in attributes:
-            for name in set(_plain_attributes(module)) - set(values):
-                del module.__dict__[name]
-            module.__dict__.update(values)
+        _put_back(attributes)
 
 
 def _plain_attributes(module: nn.Module) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from torch import nn
 from torchvision.models import WeightsEnum, get_model_builder, get_model_weights, list_models
 
 from attnsurgeon import digits
+from attnsurgeon.borrow import borrowed_randomness
 from attnsurgeon.builder import build_network, weights_on_meta
 from attnsurgeon.card import WEIGHT_ARGUMENTS, HostCard, give_card
 from attnsurgeon.checkpoint import load_state, read_checkpoint
@@ -67,6 +68,24 @@ def load_host(
     if checkpoint is not None:
         load_state(model, read_checkpoint(checkpoint), repr(str(checkpoint)))
     return model.eval()
+
+
+def load_outline(name: str, arguments: Mapping[str, Any] | None = None) -> nn.Module:
+    """Build a network to be watched: its shapes, its card, and no memory for its weights.
+
+    A network that computes with its weights while it is built has them, at random.
+
+    Raises:
+        UnknownName, BadOption: see load_host.
+    """
+    try:
+        with weights_on_meta():
+            return load_host(name, weights=NO_WEIGHTS, arguments=arguments)
+    except RuntimeError as error:
+        if isinstance(error, AttnSurgeonError) or "meta" not in str(error):
+            raise
+    with borrowed_randomness(0):
+        return load_host(name, weights=NO_WEIGHTS, arguments=arguments)
 
 
 def check_host(

@@ -12,16 +12,16 @@ from torch import nn
 
 from attnsurgeon import blocks
 from attnsurgeon.cost import multiply_adds
-from attnsurgeon.errors import BadOption, IdentityBroken
+from attnsurgeon.errors import BadOption, HostUnusable, IdentityBroken
 from attnsurgeon.export import Artifact, export_model, export_suffixes
 from attnsurgeon.export.format import format_for
-from attnsurgeon.host import DEFAULT_WEIGHTS, NO_WEIGHTS, check_host, load_host
+from attnsurgeon.host import DEFAULT_WEIGHTS, NO_WEIGHTS, check_host, load_host, load_outline
 from attnsurgeon.liveness import Liveness
 from attnsurgeon.operation import operate
 from attnsurgeon.outputs import check_output
 from attnsurgeon.plan import Cut, Plan, check_request, make_plan, named_layers
 from attnsurgeon.recipe import sha256_of
-from attnsurgeon.sites import as_inputs, find_sites
+from attnsurgeon.sites import Site, as_inputs, find_sites
 from attnsurgeon.store import is_model_file, load_model, save_model
 from attnsurgeon.surgery import attention_paths, build_attention, count_parameters, is_new_key
 from attnsurgeon.verify import Verdict
@@ -74,6 +74,7 @@ class Insertion:
     parameters: Mapping[str, int]
     tensors: Mapping[str, int]
     skipped: Mapping[str, str]
+    attended: tuple[str, ...] = ()
     verdict: Verdict | None = None
     liveness: Liveness | None = None
     artifact: Artifact | None = None
@@ -96,12 +97,17 @@ class Insertion:
                 for cost in self.costs
             ],
             "skipped": dict(self.skipped),
+            "attended": list(self.attended),
             "parameters": dict(self.parameters),
             "tensors": dict(self.tensors),
             "identity": self.verdict
             and {"exact": self.verdict.exact, "inputs": list(self.verdict.inputs)},
             "liveness": self.liveness
-            and {"gates": self.liveness.gates, "live": self.liveness.live},
+            and {
+                "gates": self.liveness.gates,
+                "live": self.liveness.live,
+                "lent": list(self.liveness.lent),
+            },
         }
 
 
@@ -138,6 +144,21 @@ def open_model(
         num_classes=num_classes,
         arguments=arguments,
     )
+
+
+def watch(model: str, arguments: Mapping[str, Any] | None = None) -> list[Site]:
+    """Return the sites of what a MODEL argument names, without memory for a host's weights.
+
+    Raises:
+        AttnSurgeonError: see open_model and find_sites.
+    """
+    if is_model_file(model):
+        return find_sites(open_model(model, weights=NO_WEIGHTS, arguments=arguments))
+    check_host(model)
+    try:
+        return find_sites(load_outline(model, arguments))
+    except HostUnusable:  # it asks for numbers, which an outline does not have
+        return find_sites(load_host(model, weights=NO_WEIGHTS, arguments=arguments))
 
 
 def run_insert(job: InsertJob, progress: Callable[[str], None] = lambda text: None) -> Insertion:
@@ -235,6 +256,7 @@ def _preview(job: InsertJob, model: nn.Module, plan: Plan) -> Insertion:
             "new": _count_new(model, plan),
         },
         skipped=plan.skipped,
+        attended=plan.attended,
     )
 
 
@@ -315,6 +337,7 @@ def _carry_out(
             "new": len(after) - len(before),
         },
         skipped=plan.skipped,
+        attended=plan.attended,
         verdict=verdict,
         liveness=liveness,
         artifact=artifact,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attnsurgeon.blocks.block import AttentionBlock
 from attnsurgeon.borrow import (
@@ -27,10 +27,15 @@ from attnsurgeon.probes import Inputs, arguments_in, small_resizes
 
 @dataclass(frozen=True)
 class Liveness:
-    """How many gates there are, and which of them cannot learn or change nothing when opened."""
+    """How many gates there are, and which of them cannot learn or change nothing when opened.
+
+    `lent` names all-zero weights of a host that returns the same whatever it is given, as with an
+    untrained head: nothing behind them can be heard, so they held random numbers meanwhile.
+    """
 
     gates: int
     dead: tuple[str, ...] = ()
+    lent: tuple[str, ...] = ()
 
     @property
     def live(self) -> int:
@@ -48,6 +53,39 @@ def check_liveness(model: nn.Module, inputs: Inputs) -> Liveness:
         HostUnusable: attention does not run once for each run of its module.
     """
     gates = named_gates(model)
+    dead = _dead_gates(model, gates, inputs)
+    silent = _silent_weights(model) if dead else {}
+    if not silent or not _is_constant(model, inputs):
+        return Liveness(len(gates), dead)
+    with borrowed_values(list(silent.values())), borrowed_randomness(0):
+        for weight in silent.values():
+            nn.init.normal_(weight, std=0.1)
+        dead = _dead_gates(model, gates, inputs)
+    return Liveness(len(gates), dead, tuple(silent))
+
+
+def _silent_weights(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the matrices and kernels of the host that are all zero, by name."""
+    return {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if parameter.ndim > 1 and not parameter.any()
+    }
+
+
+def _is_constant(model: nn.Module, inputs: Inputs) -> bool:
+    """Tell whether a network returns the same for other numbers, so that nothing in it counts."""
+    other = tree_map_only(Tensor, lambda t: 0.5 * t if t.is_floating_point() else t, inputs)
+    with borrowed_modes(model):
+        model.eval()
+        pairs = zip(_leaves(model, inputs), _leaves(model, other), strict=True)
+        return all(same(a, b) for a, b in pairs)
+
+
+def _dead_gates(
+    model: nn.Module, gates: dict[str, nn.Parameter], inputs: Inputs
+) -> tuple[str, ...]:
+    """Return the gates without a usable gradient, or without effect, in eval and in train mode."""
     dead = set(gates)
     moved: set[str] = set()
     with (
@@ -64,7 +102,7 @@ def check_liveness(model: nn.Module, inputs: Inputs) -> Liveness:
             with _called_once_each(model):
                 dead -= _with_gradient(model, {name: gates[name] for name in sorted(dead)}, given)
             moved |= _with_effect(model, {n: gates[n] for n in gates if n not in moved}, given)
-    return Liveness(len(gates), tuple(n for n in gates if n in dead or n not in moved))
+    return tuple(n for n in gates if n in dead or n not in moved)
 
 
 def _modes(model: nn.Module, inputs: Inputs) -> tuple[str, str]:

@@ -44,7 +44,8 @@ class Convolution:
 class Visits:
     """How often a module ran, and what its first run saw.
 
-    `widths` are the channels of what its runs returned, `operators` what it called itself.
+    `widths` are the channels of what its runs returned, `operators` what it called itself;
+    `is_read` tells whether anything reads the positions of what it returned, beside its tokens.
     """
 
     count: int = 0
@@ -54,6 +55,7 @@ class Visits:
     out_layout: str | None = None
     in_version: int = 0
     passed_through: bool = False
+    is_read: bool = True
     widths: set[int] = field(default_factory=set)
     operators: set[str] = field(default_factory=set)
 

@@ -51,6 +51,7 @@ class _Watch(TorchDispatchMode):
         self.seen = Observation()
         self.stack: list[_Frame] = []
         self.tracks = Tracks(inputs)
+        self.sequences: dict[str, Tensor] = {}
 
     def __torch_dispatch__(
         self,
@@ -143,6 +144,15 @@ class _Watch(TorchDispatchMode):
         positions = set(range(1, large.ndim)) - {axis}
         return narrow in ({axis}, positions) and all(small.shape[i] == 1 for i in narrow)
 
+    def finish(self, output: Any) -> Observation:
+        """Return what was seen, with what only the end of the pass can tell."""
+        self.seen.tokens = self.tracks.tokens
+        ends = [id(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        if self.seen.tokens:
+            for path, out in self.sequences.items():
+                self.seen.visits[path].is_read = self.tracks.has_readers(out, ends)
+        return self.seen
+
     @contextmanager
     def hooks(self) -> Iterator[None]:
         """Follow which module runs; the hooks are taken off again whatever happens."""
@@ -174,6 +184,9 @@ class _Watch(TorchDispatchMode):
         def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
             self.stack.pop()
             visit = self.seen.visits[path]
+            main = next((leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)), None)
+            if visit.count == 1 and main is not None and self.tracks.layout(main) == "NLC":
+                self.sequences[path] = main
             if not isinstance(out, Tensor):
                 return
             join = next((j for j in reversed(self.seen.joins) if j.path == path), None)
@@ -220,12 +233,15 @@ def _watch_on_meta(model: nn.Module, inputs: tuple[Any, ...]) -> Observation | N
     watch = _Watch(model, stand_ins(inputs))
     try:
         with watch.hooks(), on_meta(model), watch:
-            model(*watch.inputs)
+            return watch.finish(model(*watch.inputs))
     except Exception as error:  # whatever cannot be done on meta tensors is tried for real
-        if not _asks_for_numbers(error) or not _has_seen_its_kinds(model, watch.seen):
+        is_outline = any(parameter.is_meta for parameter in model.parameters())  # has no numbers
+        if not _asks_for_numbers(error) or not (
+            is_outline or _has_seen_its_kinds(model, watch.seen)
+        ):
             return None
-        watch.seen.complete = False
     watch.seen.tokens = watch.tracks.tokens
+    watch.seen.complete = False
     return watch.seen
 
 
@@ -246,12 +262,10 @@ def _watch_for_real(model: nn.Module, inputs: tuple[Any, ...]) -> Observation:
     watch = _Watch(model, inputs)
     try:
         with watch.hooks(), watch:
-            model(*inputs)
+            return watch.finish(model(*inputs))
     except Exception as error:
         shapes = [tuple(leaf.shape) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
         raise HostUnusable(
             f"{type(model).__name__} does not run on inputs of shape {shapes}: "
             f"{first_line(error)}; give it an input it takes"
         ) from error
-    watch.seen.tokens = watch.tracks.tokens
-    return watch.seen

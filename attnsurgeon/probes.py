@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -110,16 +110,16 @@ def small_resizes(model: nn.Module, sizes: Sequence[int] = (96, 160)) -> Iterato
 
     It would enlarge whatever it is given to some 800 pixels.
     """
-    held = [
+    held: list[tuple[Any, Any, int]] = [
         (module, module.min_size, module.max_size)
-        for module in model.modules()
+        for module in cast("Iterator[Any]", model.modules())
         if isinstance(getattr(module, "min_size", None), tuple | list)
         and isinstance(getattr(module, "max_size", None), int)
         and getattr(module, "fixed_size", None) is None
     ]
     try:
         for module, smallest, _ in held:
-            module.min_size = type(smallest)((sizes[0],))  # type: ignore[assignment]
+            module.min_size = type(smallest)((sizes[0],))
             module.max_size = sizes[1]
         yield
     finally:

@@ -60,9 +60,18 @@ def post_spot(module: nn.Module, seen: Observation, path: str) -> Spot:
         raise PlacementUnavailable("what it returns is no feature map")
     if len(visit.widths) > 1:
         raise PlacementUnavailable(f"it runs {visit.count} times, with different widths")
+    _check_read(seen, path)
     spot = _spot("post", visit.out_shape, visit.out_layout, seen)
     check_follows(module, spot.splice)
     return spot
+
+
+def _check_read(seen: Observation, path: str) -> None:
+    """Refuse a module after which only class tokens are read: attention there could never count."""
+    if not seen.visits[path].is_read:
+        raise PlacementUnavailable(
+            "only the class token of what it returns is read, which attention leaves alone"
+        )
 
 
 def _spot(
@@ -122,6 +131,7 @@ class _Seeker:
         """
         if placement == "post":
             return post_spot(self.block, self.seen, self.join.path)
+        _check_read(self.seen, self.join.path)
         if len(self.seen.visits[self.join.path].widths) > 1:
             raise PlacementUnavailable("it runs more than once, with different widths")
         spot = self._at_conv(placement) if placement in ("conv", "replace") else self._on(placement)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
@@ -21,6 +22,7 @@ _CHANNELS_SECOND = {
 }
 _CHANNELS_LAST = {"addmm", "mm", "linear"}
 _WEIGHTED = {"convolution", "addmm", "mm", "linear"}
+_PER_POSITION = {"native_layer_norm", "add", "add_", "mul", "mul_", "clone", "_to_copy", "slice"}
 _BROKEN = -1
 """Stands for the axis where a reshape took the channels apart, as into heads of attention."""
 _RESHAPES = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
@@ -47,6 +49,7 @@ class Tracks:
         self._axes: dict[int, int] = {}
         self._weighted: set[int] = set()
         self._written: dict[int, int] = {}
+        self._uses: dict[int, list[tuple[str, tuple[Any, ...], list[int]]]] = defaultdict(list)
         self.tokens = 0
         """Tokens in front of the positions that are no positions, such as a class token."""
 
@@ -83,6 +86,9 @@ class Tracks:
             return  # only a shape was read
         if name == "cat":
             self._count_tokens(args)
+        results = [id(made) for made in _tensors(out)]
+        for tensor in flowing:
+            self._uses[id(tensor)].append((name, args, results))
         kind = "product" if name in ("mul", "mul_") and len(flowing) == 2 else name
         for made in _tensors(out):
             axis = self._axis_after(name, args, flowing, made)
@@ -112,6 +118,37 @@ class Tracks:
                     seen.add(parent)
                     todo.append(parent)
         return reached, is_weighted
+
+    def has_readers(self, tensor: Tensor, outputs: Iterable[int]) -> bool:
+        """Tell whether any position of an NLC map is read, or only the tokens in front of them.
+
+        What works on each position alone is followed; whatever else takes the map reads it.
+        """
+        ends = set(outputs)
+        seen, todo = {id(tensor)}, [id(tensor)]
+        while todo:
+            here = todo.pop()
+            if here in ends:
+                return True
+            for name, args, results in self._uses[here]:
+                if self._picks_tokens(name, args):
+                    continue
+                if name not in _PER_POSITION:
+                    return True
+                todo += [result for result in results if result not in seen]
+                seen.update(results)
+        return False
+
+    def _picks_tokens(self, name: str, args: tuple[Any, ...]) -> bool:
+        if name == "select":
+            return bool(args[1] == 1 and 0 <= args[2] < self.tokens)
+        return bool(
+            name == "slice"
+            and len(args) > 3
+            and args[1] == 1
+            and (args[2] or 0) == 0
+            and 0 < args[3] <= self.tokens
+        )
 
     def _count_tokens(self, args: tuple[Any, ...]) -> None:
         """Notice a concatenation that puts parameters in front of the positions of an NLC map."""

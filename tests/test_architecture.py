@@ -20,6 +20,7 @@ FLOORS = [
     {"spots", "liveness"},
     {"sites"},
     {"host", "plan"},
+    {"survey"},
     {"surgery", "verify"},
     {"operation"},
     {"recipe"},

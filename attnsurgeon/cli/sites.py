@@ -34,14 +34,15 @@ def sites(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
 ) -> None:
-    """Show the residual blocks that one forward pass finds, with their measured shapes."""
+    """Show what one forward pass finds: residual blocks, merges, plain blocks, activations.
+
+    Each comes with its kind, layout, measured shape, placements and the attention it can take.
+    """
     from attnsurgeon.cli.insert import literals
-    from attnsurgeon.job import open_model
+    from attnsurgeon.job import watch
     from attnsurgeon.report.sites import show_sites, site_to_json
-    from attnsurgeon.sites import find_sites
 
     tell(f"watching {model}")
     arguments = literals(read_assignments(model_arg or (), "--model-arg"))
-    network = open_model(model, weights="none", arguments=arguments)
-    found = find_sites(network)
+    found = watch(model, arguments)
     say_json([site_to_json(s) for s in found]) if as_json else say(show_sites(model, found))

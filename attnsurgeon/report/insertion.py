@@ -37,6 +37,10 @@ def summary(done: Insertion) -> list[str]:
         f"original tensors  {tensors['kept']}/{tensors['original']} identical,"
         f" {tensors['new']} new",
     ]
+    if done.attended:
+        lines.append(
+            f"note              {len(done.attended)} of these sites have attention of their own"
+        )
     if done.skipped:
         lines.append(f"skipped           {len(done.skipped)} sites without this placement")
     if done.verdict is not None and done.liveness is not None:
@@ -46,6 +50,11 @@ def summary(done: Insertion) -> list[str]:
             f"liveness          {done.liveness.live}/{done.liveness.gates} gates can learn",
             f"written           {done.output}",
         ]
+        if done.liveness.lent:
+            lines.append(
+                "note              the network returns the same for all inputs: "
+                f"{', '.join(done.liveness.lent[:3])} is all zero; train it first"
+            )
     else:
         lines.append("dry run           nothing was written")
     return lines
