@@ -23,7 +23,7 @@ from attnsurgeon.export.torchscript import make_torchscript
 from attnsurgeon.gate import named_gates
 from attnsurgeon.verify import verify_unchanged
 from tests import hosts
-from tests.conftest import contents
+from tests.conftest import contents, run_command
 
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "contrast_attention"
@@ -89,6 +89,19 @@ def mine(folder, monkeypatch):
     return folder
 
 
+@pytest.fixture(scope="module")
+def mine_in_digits(tmp_path_factory):
+    """Return a file of digits with mine.py:Mine, which is learnt no more."""
+    folder = tmp_path_factory.mktemp("mine")
+    (folder / "mine.py").write_text(MINE, encoding="utf-8")
+    file = folder / "x.safetensors"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(own, "_from_files", {})
+        done = run_command("insert", "digits", "--block", f"{folder}/mine.py:Mine", "-o", file)
+    assert done.code == 0, done.err
+    return file
+
+
 def opened(model, value=1.0):
     with torch.no_grad():
         for gate in named_gates(model).values():
@@ -112,34 +125,29 @@ class TestFile:
         assert (cut.block, cut.options) == ("mine.py:Mine", {"sharpness": 2.5})
         assert loaded.get_submodule(cut.child).sharpness == 2.5
 
-    def test_loading_runs_no_code(self, run, mine):
+    def test_loading_runs_no_code(self, run, mine, mine_in_digits):
         """Not even the code of a file that lies where it lay."""
-        assert run("insert", "digits", "--block", "mine.py:Mine", "-o", "x.safetensors").code == 0
-        own._from_files.clear()  # as in a new process
         (mine / "mine.py").write_text("raise SystemExit('it was run')", encoding="utf-8")
         for command in ("verify", "sites"):
-            outcome = run(command, "x.safetensors")
+            outcome = run(command, mine_in_digits)
             assert outcome.code == 2
             assert "--own-block path/to/mine.py:Mine" in outcome.error
             assert "no file is run" in outcome.error
         with pytest.raises(BadFile, match=r"attnsurgeon\.blocks\.learn"):
-            attnsurgeon.load_model("x.safetensors")
+            attnsurgeon.load_model(mine_in_digits)
 
-    def test_naming_it_again_loads_it(self, run, mine):
-        assert run("insert", "digits", "--block", "mine.py:Mine", "-o", "x.safetensors").code == 0
-        own._from_files.clear()
+    def test_naming_it_again_loads_it(self, run, mine, mine_in_digits):
         (mine / "elsewhere").mkdir()
         (mine / "mine.py").rename(mine / "elsewhere" / "mine.py")
         again = ("--own-block", "elsewhere/mine.py:Mine")
-        assert run(*again, "verify", "x.safetensors").code == 0
-        more = run(*again, "insert", "x.safetensors", "--block", "gc", "-o", "y.safetensors")
+        assert run(*again, "verify", mine_in_digits).code == 0
+        more = run(*again, "insert", mine_in_digits, "--block", "gc", "-o", "y.safetensors")
         assert more.code == 0, more.err
 
-    def test_another_class_of_that_name_does_not_fit(self, run, mine):
-        assert run("insert", "digits", "--block", "mine.py:Mine", "-o", "x.safetensors").code == 0
+    def test_another_class_of_that_name_does_not_fit(self, run, mine, mine_in_digits):
         wider = MINE.replace("nn.Conv2d(channels, 1, 1", "nn.Conv2d(channels, 2, 1")
         (mine / "mine.py").write_text(wider, encoding="utf-8")
-        outcome = run("--own-block", "mine.py:Mine", "verify", "x.safetensors")
+        outcome = run("--own-block", "mine.py:Mine", "verify", mine_in_digits)
         assert outcome.code == 2
         assert "shape" in outcome.error
 

@@ -23,20 +23,25 @@ BATCHES = [hosts.image(2), hosts.image(3, (96, 64))]
 FULL = ("cbam", "gc", "se", "sk")
 """Run at every placement of every host; between them they multiply, add, normalise and replace."""
 OTHERS = [block for block in blocks.names() if block not in FULL]
-"""The wiring does not know them apart from those: one host each with all their placements at
-once, and one placement of another."""
+"""The wiring does not know them apart from those, so a small host takes two of them with all
+their placements at once, and a second host all of them, each at one placement."""
 CASES = [
     (name, block, placement)
     for name in hosts.NAMES
     for block in FULL
     for placement in blocks.get(block).placements
 ]
-SMALL, SECOND = "resnet18", "mobilenet_v2"
 MORE = [
-    *((SMALL, block, blocks.get(block).placements) for block in OTHERS),
     *(
-        (SECOND, block, (blocks.get(block).placements[i % len(blocks.get(block).placements)],))
-        for i, block in enumerate(OTHERS)
+        ("resnet18", [(block, place) for block in pair for place in blocks.get(block).placements])
+        for pair in zip(OTHERS[::2], [*OTHERS[1::2], OTHERS[0]], strict=False)
+    ),
+    (
+        "mobilenet_v2",
+        [
+            (block, blocks.get(block).placements[i % len(blocks.get(block).placements)])
+            for i, block in enumerate(OTHERS)
+        ],
     ),
 ]
 
@@ -61,19 +66,37 @@ def test_contract(name, block, placement, tmp_path):
     hold_to_the_contract(host, before, operated, tmp_path)
 
 
-@pytest.mark.parametrize(("name", "block", "placements"), MORE)
-def test_contract_of_the_others(name, block, placements, tmp_path):
-    """Put the block at a site for each of these placements, all in one network."""
-    host = hosts.host(name)
+def _told(value):
+    """Return a case's blocks as its name in the report of the tests."""
+    return None if isinstance(value, str) else "+".join(dict.fromkeys(block for block, _ in value))
+
+
+@pytest.mark.parametrize(("name", "wanted"), MORE, ids=_told)
+def test_contract_of_the_others(name, wanted, tmp_path):
+    """Put each of these blocks at its placement, in turn over the sites of one network."""
+    host, sites = hosts.host(name), hosts.sites(name)
     before = {key: tensor.clone() for key, tensor in host.state_dict().items()}
-    cuts = []
-    for i, placement in enumerate(placements):
-        at = [site.path for site in hosts.sites(name) if placement in site.placements][i]
-        cuts += make_plan(host, hosts.sites(name), block, at=at, placement=placement).cuts
     operated = copy.deepcopy(host)
-    operate(operated, Plan(tuple(cuts)), (EXAMPLE,))
-    assert [cut.placement for cut in cuts_of(operated)] == list(placements)
+    for i, (block, placement) in enumerate(wanted):
+        paths = [site.path for site in sites if placement in site.placements]
+        at = paths[i % len(paths)]
+        apply_plan(operated, make_plan(operated, sites, block, at=at, placement=placement))
+    plan = Plan(cuts_of(operated))
+    assert [(cut.block, cut.placement) for cut in plan.cuts] == wanted
+    operated = copy.deepcopy(host)
+    operate(operated, plan, (EXAMPLE,))
     hold_to_the_contract(host, before, operated, tmp_path)
+
+
+def test_each_of_the_others_is_tried_twice():
+    tried = [case for name, wanted in MORE for case in wanted]
+    assert {block for block, _ in tried} == set(OTHERS)
+    for block in OTHERS:
+        count = len(blocks.get(block).placements)
+        assert set(blocks.get(block).placements) <= {
+            p for b, p in tried[: -len(OTHERS)] if b == block
+        }
+        assert sum(b == block for b, _ in tried) > count
 
 
 def hold_to_the_contract(host, before, operated, tmp_path):
