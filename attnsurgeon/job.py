@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from attnsurgeon import blocks
 from attnsurgeon.checkpoint import load_checkpoint, read_checkpoint
 from attnsurgeon.errors import BadOption, HostUnusable, IdentityBroken
 from attnsurgeon.export import export_model, export_suffixes
@@ -234,8 +235,8 @@ def _output(job: InsertJob, steps: Sequence[Step]) -> Path:
     Raises:
         UnknownName: the suffix is of no format.
     """
-    blocks = "_".join(dict.fromkeys(step.block for step in steps))
-    output = job.output or Path(f"{_short_name(job.model)}_{blocks}{SAVED}")
+    labels = "_".join(dict.fromkeys(blocks.label(step.block) for step in steps))
+    output = job.output or Path(f"{_short_name(job.model)}_{labels}{SAVED}")
     if output.suffix.lower() != SAVED:
         format_for(output) if output.suffix.lower() in export_suffixes() else _refuse(output)
     return output

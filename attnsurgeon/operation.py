@@ -83,7 +83,8 @@ def insert_attention(
     Args:
         model: any network; see find_sites. One that is compiled or wrapped for parallel training
             is taken out of that, with a warning, and so the copy is neither.
-        block: name of the attention: se, cbam, sk, gc, or another of blocks.names().
+        block: name of the attention: se, cbam, sk, gc, or another of blocks.names(); a class of
+            your own as path/to/file.py:Class; a layer of timm as timm:NAME.
         at: shell patterns on the dotted path of a block; each must match.
         exclude: shell patterns of blocks to leave out.
         stage: stages to choose from, numbered from 1 by feature size.

@@ -130,7 +130,9 @@ def build_attention(model: nn.Module, cut: Cut) -> AttentionBlock:
     like = next(
         (p for p in _parameters_near(model, cut.path) if p.is_floating_point()), torch.empty(0)
     )
-    return attention.to(device=like.device, dtype=like.dtype)
+    attention = attention.to(device=like.device, dtype=like.dtype)
+    blocks.try_out(cut.block, attention, cut.place, cut.sizes)
+    return attention
 
 
 def _parameters_near(model: nn.Module, path: str) -> Iterable[torch.Tensor]:
