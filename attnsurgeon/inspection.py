@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from attnsurgeon.card import card_of
-from attnsurgeon.errors import IdentityBroken
+from attnsurgeon.errors import HostUnusable, IdentityBroken
 from attnsurgeon.export.proof import gate_values, gates_at
-from attnsurgeon.recipe import sha256_of
+from attnsurgeon.origin import sha256_of
 from attnsurgeon.store import load_model, load_plain, read_recipe
 from attnsurgeon.verify import (
     Liveness,
@@ -61,10 +61,15 @@ def inspect_file(path: str | os.PathLike[str]) -> Inspection:
     what its host computes with the same original tensors.
 
     Raises:
-        BadFile, HostUnusable: see load_model.
+        BadFile, HostUnusable: see load_model; or its gates were stripped.
         IdentityBroken: a tensor is not the recorded one, an output differs, or a gate is dead.
     """
     recipe = read_recipe(path)
+    if recipe.stripped:
+        raise HostUnusable(
+            f"{str(path)!r} was stripped of its gates: nothing can be closed and "
+            "held to its host; verify the file it was stripped from"
+        )
     operated, plain = load_model(path), load_plain(path)
     state = operated.state_dict()
     wrong = [k for k, digest in recipe.sha256.items() if sha256_of(state[k]) != digest]

@@ -16,9 +16,9 @@ from attnsurgeon.export import Artifact, export_model, export_suffixes
 from attnsurgeon.export.format import format_for
 from attnsurgeon.host import DEFAULT_WEIGHTS, NO_WEIGHTS, check_host, load_host
 from attnsurgeon.operation import operate
+from attnsurgeon.origin import sha256_of
 from attnsurgeon.outputs import check_output
 from attnsurgeon.plan import Cut, Plan, check_request, make_plan
-from attnsurgeon.recipe import sha256_of
 from attnsurgeon.sites import as_inputs, find_sites
 from attnsurgeon.store import is_model_file, load_model, save_model
 from attnsurgeon.surgery import attention_paths, build_attention, count_parameters, is_new_key
@@ -45,6 +45,7 @@ class InsertJob:
     num_classes: int | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+    stack: bool = False
     dry_run: bool = False
     force: bool = False
 
@@ -175,6 +176,7 @@ def run_insert(job: InsertJob, progress: Callable[[str], None] = lambda text: No
         placement=job.placement,
         options=job.options,
         seed=job.seed,
+        stack=job.stack,
     )
     if job.dry_run:
         return _preview(job, model, plan)

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from attnsurgeon.card import HostCard, card_of, give_card
+from attnsurgeon.origin import fingerprints, give_origin, origin_of
 from attnsurgeon.plan import Plan, make_plan
 from attnsurgeon.sites import as_inputs, find_sites
 from attnsurgeon.surgery import apply_plan
@@ -66,6 +67,7 @@ def insert_attention(
     placement: str = "post",
     example: Any = None,
     seed: int = 0,
+    stack: bool = False,
     **options: Any,
 ) -> nn.Module:
     """Return a copy of a model with attention at its residual blocks, behind closed gates.
@@ -84,6 +86,7 @@ def insert_attention(
         example: an input, or a tuple of inputs; by default that of the network's card, or a
             (1, C, 224, 224) image batch.
         seed: of the new weights; the same seed gives the same weights.
+        stack: put it behind the same block at the same place too, instead of refusing that.
         **options: of the block, such as reduction=8.
 
     Raises:
@@ -111,8 +114,11 @@ def insert_attention(
         placement=placement,
         options=options,
         seed=seed,
+        stack=stack,
     )
     operated = copy.deepcopy(model)
+    if origin_of(model) is None:
+        give_origin(operated, fingerprints(model))
     operate(operated, plan, inputs)
     remember_input(operated, inputs)
     return operated

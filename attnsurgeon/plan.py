@@ -120,6 +120,7 @@ def make_plan(
     placement: str = "post",
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
+    stack: bool = False,
 ) -> Plan:
     """Choose sites by pattern, stage and step, and plan the same attention at each.
 
@@ -134,12 +135,14 @@ def make_plan(
         placement: one of sites.PLACEMENTS.
         options: of the block.
         seed: of the new weights.
+        stack: take sites too that have the same block at the same placement already.
 
     Raises:
         UnknownName: no such block, placement or option.
         BadOption: a value out of range.
         PatternUnmatched: a pattern or stage that no site has.
-        PlacementUnavailable: a site named in full, or all sites, do not have the placement.
+        PlacementUnavailable: a site named in full, or all sites, do not have the placement, or
+            have this block there already.
         NoSites: nothing is left to operate on.
     """
     values = check_request(block, placement=placement, every=every, options=options)
@@ -149,6 +152,8 @@ def make_plan(
     skipped: dict[str, str] = {}
     for site in chosen:
         try:
+            if not stack:
+                _refuse_twin(model, site, block, placement)
             cuts.append(_plan_cut(model, site, block, placement, values, seed))
         except PlacementUnavailable as error:
             if site.path in literal:
@@ -206,6 +211,16 @@ def _plan_cut(
         child = f"{spot.splice.child}_{number}"
     splice = Splice(**{**asdict(spot.splice), "child": child})
     return Cut(site.path, placement, block, options, spot.place, spot.shape, splice, seed)
+
+
+def _refuse_twin(model: nn.Module, site: Site, block: str, placement: str) -> None:
+    place = re.compile(rf"attention_{placement}(_[0-9]+)?")
+    for name, child in model.get_submodule(site.path).named_children():
+        if place.fullmatch(name) and isinstance(child, blocks.get(block)):
+            raise PlacementUnavailable(
+                f"{site.path} has {block} at {placement!r} already; give --stack (stack=True) to "
+                "put another behind it, or choose other sites by --at or --exclude"
+            )
 
 
 def as_patterns(patterns: str | Iterable[str]) -> list[str]:

@@ -13,13 +13,22 @@ from torch import Tensor, nn
 from attnsurgeon.builder import weights_on_meta
 from attnsurgeon.card import HostCard, card_of, give_card
 from attnsurgeon.checkpoint import check_readable, fit_state, load_state
-from attnsurgeon.errors import AttnSurgeonError, BadFile, CheckpointMismatch, HostUnusable
+from attnsurgeon.errors import (
+    AttnSurgeonError,
+    BadFile,
+    CheckpointMismatch,
+    HostUnusable,
+    WeightsUnavailable,
+)
 from attnsurgeon.host import host_names, rebuild_host, recognise
 from attnsurgeon.operation import Certificate, certificate_of, give_certificate
+from attnsurgeon.origin import fingerprints, give_origin, origin_of
 from attnsurgeon.outputs import atomic_output
 from attnsurgeon.plan import Plan
-from attnsurgeon.recipe import Recipe, sha256_of
+from attnsurgeon.recipe import Recipe
 from attnsurgeon.surgery import apply_plan, attention_paths, cuts_of, is_new_key, remove_attention
+from attnsurgeon.training.delta import complete, select_moved
+from attnsurgeon.training.stripping import take_gates, ungated
 
 DEPLOYED = (".onnx", ".pt", ".pth", ".ckpt")
 """Suffixes that mean a file, though not one that a network is loaded from."""
@@ -27,19 +36,36 @@ KEY = "attnsurgeon"
 """The one metadata key; with two, their order in the file would be left to chance."""
 
 
-def save_model(model: nn.Module, path: str | os.PathLike[str], *, force: bool = False) -> Recipe:
+def save_model(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    only: str | None = None,
+    force: bool = False,
+) -> Recipe:
     """Write an operated network to a safetensors file with its recipe.
 
     The original tensors stand under their original keys, byte for byte. The file is whole or
     not there; the same model gives the same bytes.
 
+    Args:
+        model: an operated network, not wrapped.
+        path: to write, in .safetensors.
+        only: "attention" leaves out the host's tensors that are what they were at the insertion:
+            a small file for a host that was frozen, loaded onto the same host again.
+        force: replace an existing file.
+
     Raises:
-        HostUnusable: the model was not operated on.
+        HostUnusable: the model was not operated on, or with `only` its host was trained too.
+        BadOption: `only` is something else.
         OutputRefused: the file cannot be written, or exists and `force` is not given.
     """
     recipe = make_recipe(model)
+    state = model.state_dict()
+    if only is not None:
+        recipe, state = select_moved(model, recipe, only)
     with atomic_output(path, force=force) as part:
-        save_file(_separate(model.state_dict()), part, metadata={KEY: recipe.dumps()})
+        save_file(_separate(state), part, metadata={KEY: recipe.dumps()})
     return recipe
 
 
@@ -54,17 +80,16 @@ def make_recipe(model: nn.Module) -> Recipe:
         raise HostUnusable(
             f"this {type(model).__name__} has no attention of attnsurgeon; insert_attention first"
         )
-    paths = attention_paths(model)
     certificate = certificate_of(model)
+    sha256 = fingerprints(model)
+    origin = origin_of(model) or {}
     return Recipe(
         host=_host_card(model),
         cuts=cuts,
         certificate=certificate.to_json() if certificate else None,
-        sha256={
-            key: sha256_of(tensor)
-            for key, tensor in model.state_dict().items()
-            if not is_new_key(key, paths)
-        },
+        sha256=sha256,
+        origin={key: was for key, was in origin.items() if sha256.get(key, was) != was},
+        stripped=ungated(model),
     )
 
 
@@ -143,32 +168,45 @@ def load_model(path: str | os.PathLike[str], host: nn.Module | None = None) -> n
 
     Args:
         path: a file of save_model.
-        host: the plain network, where it is one of your own; it is left untouched.
+        host: the plain network, where it is one of your own; it is left untouched. For a file of
+            the attention only, the network with the weights that the attention was trained on,
+            unless those are published ones.
 
     Raises:
         BadFile: the file is damaged, of a newer format, or its recipe does not fit its tensors.
-        HostUnusable: the host is your own and was not given, or another one was given.
+        HostUnusable: the host is your own and was not given, or another one was given: of
+            another class, or for a file of the attention only with other tensors.
     """
     recipe = read_recipe(path)
     source = repr(str(path))
     try:
-        state = load_file(path)
+        state = _read_state(path, recipe, host)
         _rehearse(host, recipe, state, source)
         model = _new_host(host, recipe)
         apply_plan(model, Plan(recipe.cuts))
+        take_gates(model, recipe.stripped)
         load_state(model, state, source)
     except SafetensorError as error:
         raise BadFile(f"{source} is damaged: {error}") from error
     except CheckpointMismatch as error:
         raise BadFile(f"the recipe of {source} does not fit its tensors: {error}") from error
     except AttnSurgeonError as error:
-        if isinstance(error, HostUnusable):
+        if isinstance(error, HostUnusable | WeightsUnavailable):
             raise
         raise BadFile(f"the recipe of {source} does not fit: {error}") from error
     give_card(model, recipe.host)
+    give_origin(model, {**recipe.sha256, **recipe.origin})
     if recipe.certificate is not None:
         give_certificate(model, Certificate(**recipe.certificate))
     return model.eval()
+
+
+def _read_state(
+    path: str | os.PathLike[str], recipe: Recipe, host: nn.Module | None
+) -> dict[str, Tensor]:
+    """Return all tensors of the operated network, the host's from the host if it must be so."""
+    state = load_file(path)
+    return state if recipe.only is None else complete(state, recipe, host, repr(str(path)))
 
 
 def _rehearse(
@@ -184,6 +222,7 @@ def _rehearse(
     with weights_on_meta():
         model = _new_host(host, recipe).to("meta")
         apply_plan(model, Plan(recipe.cuts))
+        take_gates(model, recipe.stripped)
     fit_state(model, state, source)
     paths = attention_paths(model)
     if {key for key in state if not is_new_key(key, paths)} != set(recipe.sha256):
@@ -205,10 +244,11 @@ def load_plain(path: str | os.PathLike[str]) -> nn.Module:
     """Return the untouched host of a file with its original tensors.
 
     Raises:
-        BadFile, HostUnusable: see load_model.
+        BadFile, HostUnusable, WeightsUnavailable: see load_model.
     """
     recipe = read_recipe(path)
     model = rebuild_host(recipe.host)
     keys = model.state_dict().keys()
-    load_state(model, {k: t for k, t in load_file(path).items() if k in keys}, repr(str(path)))
+    state = _read_state(path, recipe, None)
+    load_state(model, {k: t for k, t in state.items() if k in keys}, repr(str(path)))
     return model.eval()

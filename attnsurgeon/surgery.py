@@ -85,10 +85,21 @@ def remove_attention(model: nn.Module, at: str | Iterable[str] = "*") -> nn.Modu
                 f"{pattern!r} matches none of the {len(paths)} operated sites"
                 f"{nearest(pattern, paths)}"
             )
+    chosen = [
+        cut
+        for cut in cuts
+        if any(fnmatch.fnmatchcase(cut.path, pattern) for pattern in as_patterns(at))
+    ]
+    return without_cuts(model, chosen)
+
+
+def without_cuts(model: nn.Module, unwanted: Iterable[Cut]) -> nn.Module:
+    """Return a copy of the model without the attention of these of its cuts."""
+    children = {cut.child for cut in unwanted}
     bare = copy.deepcopy(model)
     kept = []
-    for cut in cuts:
-        if any(fnmatch.fnmatchcase(cut.path, pattern) for pattern in as_patterns(at)):
+    for cut in cuts_of(model):
+        if cut.child in children:
             _detach(bare, cut)
         else:
             kept.append(cut)

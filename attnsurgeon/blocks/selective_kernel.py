@@ -79,6 +79,7 @@ class SelectiveKernel(AttentionBlock):
         "(M-1)(9C²/G + 2C) + Cd + 2d + MdC, d = max(C/r, L); replaced: the host's 9C²/G' + 2C stay"
     )
     placements = (*AROUND, "replace")
+    convex = True
 
     def __init__(
         self,

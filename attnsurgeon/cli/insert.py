@@ -76,6 +76,9 @@ def insert(
         list[str] | None, typer.Option(help="Arguments of the network's builder, as key=value.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the new weights.")] = 0,
+    stack: Annotated[
+        bool, typer.Option("--stack", help="Put it also where the same block is already.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be done; write nothing.")
     ] = False,
@@ -105,6 +108,7 @@ def insert(
         num_classes=num_classes,
         arguments=literals(read_assignments(model_arg or (), "--model-arg")),
         seed=seed,
+        stack=stack,
         dry_run=dry_run,
         force=force,
     )
