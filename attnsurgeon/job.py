@@ -22,6 +22,7 @@ from attnsurgeon.plan import Cut, Plan, check_request, make_plan
 from attnsurgeon.sites import as_inputs, find_sites
 from attnsurgeon.store import is_model_file, load_model, save_model
 from attnsurgeon.surgery import attention_paths, build_attention, count_parameters, is_new_key
+from attnsurgeon.training.trained import load_trained
 from attnsurgeon.verify import Liveness, Verdict
 
 SAVED = ".safetensors"
@@ -125,9 +126,7 @@ def open_model(
             )
         loaded = load_model(model)
         if checkpoint is not None:
-            from attnsurgeon.checkpoint import load_state, read_checkpoint
-
-            load_state(loaded, read_checkpoint(checkpoint), repr(str(checkpoint)))
+            load_trained(loaded, checkpoint)
         return loaded
     return load_host(
         model,

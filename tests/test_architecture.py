@@ -26,7 +26,7 @@ FLOORS = [
     {"training"},
     {"store"},
     {"export"},
-    {"bench", "inspection", "job"},
+    {"bench", "inspection", "job", "removal"},
     {"demo"},
     {"report"},
     {"cli"},

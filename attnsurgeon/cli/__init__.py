@@ -9,7 +9,18 @@ from typing import Annotated, Any
 
 import typer
 
-from attnsurgeon.cli import bench, blocks, demo, export, insert, models, sites, verify
+from attnsurgeon.cli import (
+    bench,
+    blocks,
+    demo,
+    export,
+    gates,
+    insert,
+    models,
+    remove,
+    sites,
+    verify,
+)
 from attnsurgeon.cli.shell import Group
 
 app = typer.Typer(
@@ -43,7 +54,7 @@ def _top(
     """Hold what stands before a command."""
 
 
-for _command in (insert, export, bench, sites, blocks, models, verify, demo):
+for _command in (insert, export, bench, gates, remove, sites, blocks, models, verify, demo):
     _command.add_to(app)
 
 
