@@ -18,6 +18,7 @@ from attnsurgeon.cli import (
     insert,
     models,
     remove,
+    show,
     sites,
     verify,
 )
@@ -54,7 +55,7 @@ def _top(
     """Hold what stands before a command."""
 
 
-for _command in (insert, export, bench, gates, remove, sites, blocks, models, verify, demo):
+for _command in (insert, export, bench, gates, show, remove, sites, blocks, models, verify, demo):
     _command.add_to(app)
 
 
