@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from attnsurgeon.errors import AttnSurgeonError as AttnSurgeonError
     from attnsurgeon.export import Artifact as Artifact
     from attnsurgeon.export import export_model as export_model
-    from attnsurgeon.gate import named_gates as gates  # noqa: F401
+    from attnsurgeon.gate import named_gates
     from attnsurgeon.operation import insert_attention as insert_attention
     from attnsurgeon.plan import Cut as Cut
     from attnsurgeon.plan import Plan as Plan
@@ -63,6 +63,8 @@ if TYPE_CHECKING:
     from attnsurgeon.training import unfreeze_host as unfreeze_host
     from attnsurgeon.verify import Verdict as Verdict
     from attnsurgeon.verify import verify_unchanged as verify_unchanged
+
+    gates = named_gates
 
 
 def __getattr__(name: str) -> Any:

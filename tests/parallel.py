@@ -23,6 +23,8 @@ from tests import sync_batchnorm_on_cpu
 
 STEPS = 5
 BATCH = 8
+TWO_PROCESSES = ("--standalone", "--nproc-per-node=2")
+"""Of torch.distributed.run."""
 BLOCKS = ("se", "cbam", "gc", "sk")
 
 
