@@ -81,9 +81,12 @@ class Digits(Dataset[tuple[Tensor, int]]):
 
             data = load_digits()
             images = torch.from_numpy(data.images).to(torch.uint8)
-            prepared, held_out = digits.prepare(images), self.images.flatten(1)
-            apart = torch.cdist(prepared.flatten(1), held_out).amin(1) > 0
-            self.images, self.labels = prepared[apart], torch.from_numpy(data.target)[apart]
+            held_out = {image.numpy().tobytes() for image in self.images}
+            prepared = digits.prepare(images)
+            mine = [
+                i for i, image in enumerate(prepared) if image.numpy().tobytes() not in held_out
+            ]
+            self.images, self.labels = prepared[mine], torch.from_numpy(data.target)[mine]
             black = -digits.MEAN[0] / digits.STD[0]
             self.change = v2.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), fill=black)
 

@@ -19,12 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 import attnsurgeon
 from attnsurgeon import digits
 from attnsurgeon.host import load_host
+from examples import finetune
 from tests import sync_batchnorm_on_cpu
 
 STEPS = 5
 BATCH = 8
-TWO_PROCESSES = ("--standalone", "--nproc-per-node=2")
-"""Of torch.distributed.run."""
 BLOCKS = ("se", "cbam", "gc", "sk")
 
 
@@ -114,12 +113,20 @@ def frozen(start, share):
     return {"weights": {name: p.detach().clone() for name, p in model.named_parameters()}}
 
 
+def finetune_on(folder):
+    """Run the example as torchrun does: its own process group, the same two processes."""
+    sys.argv = ["finetune.py", str(folder / "operated.safetensors"), "--data", "digits"]
+    sys.argv += ["--output", str(folder / "finetuned"), "--ema", "0.5", "--epochs", "1"]
+    sys.argv += ["--steps", "2", "--batch-size", "8", "--workers", "0"]
+    finetune.main()
+
+
 def main(folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank = dist.get_rank()
     half = slice(rank * BATCH // 2, (rank + 1) * BATCH // 2)
-    start = network()
+    start = attnsurgeon.load_model(folder / "start.safetensors")
     found = {
         "ddp": data_parallel(start, half),
         "static_graph": data_parallel(start, half, static_graph=True),
@@ -129,6 +136,7 @@ def main(folder):
     }
     torch.save(found, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
+    finetune_on(folder)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import copy
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -34,9 +35,11 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def shares(folder):
-    """Return what each of two processes ended with; they are started once for all tests."""
-    command = [sys.executable, "-m", "torch.distributed.run", *parallel.TWO_PROCESSES]
+def two_processes(folder, start, digits_file):
+    """Return what two processes printed; they are started once for all tests."""
+    save_model(start, folder / "start.safetensors")
+    shutil.copy(digits_file, folder / "operated.safetensors")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     done = subprocess.run(
         [*command, "-m", "tests.parallel", str(folder)],
@@ -47,6 +50,12 @@ def shares(folder):
         check=False,
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def shares(two_processes, folder):
+    """Return what each of the two ended with."""
     return [torch.load(folder / f"rank{rank}.pt") for rank in (0, 1)]
 
 
@@ -117,6 +126,11 @@ class TestTwoProcesses:
             "momentum_buffer"
         ].any()
 
+    def test_the_example(self, two_processes, folder):
+        assert two_processes.count("epoch 1/1: loss") == 1  # the first process alone tells
+        trained = attnsurgeon.load_model(folder / "finetuned" / "trained.safetensors")
+        assert all(gate.item() != 0 for gate in attnsurgeon.gates(trained).values())
+
 
 class TestOneProcess:
     """Three steps under a wrapper; what they end with is what they end with without it."""
@@ -150,7 +164,7 @@ class TestOneProcess:
         maps = torch.randn(16, 24, 8, 8, generator=torch.manual_seed(0), dtype=torch.float64)
         ends = []
         for backend in (None, "aot_eager"):
-            part = copy.deepcopy(start).features[5:7]
+            part = copy.deepcopy(start).features[6:7]
             whole = part
             if backend is not None:
                 whole = torch.compile(part, backend=backend, fullgraph=True)

@@ -1,9 +1,9 @@
-"""examples/finetune.py for a few steps: alone, resumed, in two processes, on images of a folder."""
+"""examples/finetune.py for a few steps: alone, resumed, on images of a folder.
 
-import os
-import subprocess
+In two processes it runs with the others of tests/test_distributed.py, which are started once.
+"""
+
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +12,7 @@ from safetensors.torch import load_file
 
 import attnsurgeon
 from examples import finetune
-from tests import parallel
 
-ROOT = Path(__file__).parent.parent
 QUICK = ("--data", "digits", "--steps", "2", "--batch-size", "8", "--workers", "0")
 
 
@@ -87,22 +85,6 @@ def test_images_of_a_folder(train, photos):
     code, out, err = train("--data", photos, "--epochs", "1", "--batch-size", "4", "--workers", "0")
     assert code == 0, err
     assert "epoch 1/1: loss" in out
-
-
-def test_two_processes(digits_file, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", *parallel.TWO_PROCESSES]
-    output = ("--output", tmp_path / "out", "--epochs", "1", "--ema", "0.5")
-    done = subprocess.run(
-        [*command, ROOT / "examples" / "finetune.py", digits_file, *QUICK, *output],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("epoch 1/1: loss") == 1
-    trained = attnsurgeon.load_model(tmp_path / "out" / "trained.safetensors")
-    assert all(gate.item() != 0 for gate in attnsurgeon.gates(trained).values())
 
 
 class TestRefused:

@@ -1,5 +1,6 @@
 """`gates` and `remove`: whether the attention took, and the way back."""
 
+import copy
 import json
 import sys
 from dataclasses import replace
@@ -11,8 +12,10 @@ from safetensors.torch import load_file
 
 import attnsurgeon
 from attnsurgeon import digits
+from attnsurgeon.card import card_of, give_card
 from attnsurgeon.host import load_host
 from attnsurgeon.report.gate_chart import write_chart
+from attnsurgeon.report.gates import summary
 from attnsurgeon.store import load_plain, save_model
 from attnsurgeon.surgery import cuts_of
 from attnsurgeon.training.images import sample_inputs
@@ -177,10 +180,14 @@ class TestGates:
         told = json.loads(run("gates", file, "--images", photos, "--json").out)
         assert told["images"] == {"source": f"3 images of {photos}", "count": 3}
 
-    def test_noise_for_a_network_without_images(self, run, operated_file):
-        outcome = run("gates", operated_file, "--images", "nowhere")
-        assert outcome.code == 2
-        assert "8 inputs of noise" in sample_inputs(attnsurgeon.load_model(operated_file)).source
+    def test_noise_for_a_network_without_images(self, run, opened, folder):
+        model = copy.deepcopy(opened)
+        give_card(model, replace(card_of(opened), name="mobilenet_v2"))
+        sample = sample_inputs(model)
+        assert (sample.source, sample.inputs[0].shape) == ("8 inputs of noise", (8, 3, 32, 32))
+        assert torch.equal(sample.inputs[0], sample_inputs(model).inputs[0])
+        found = measure_openings(model, sample)
+        assert "give --images FOLDER" in summary(found, sample)[-1]
 
     def test_a_chart(self, run, refused, file, folder):
         assert run("gates", file, "-o", "a.svg").code == 0
