@@ -73,12 +73,23 @@ def make_recipe(model: nn.Module) -> Recipe:
     """Return the recipe of an operated network as it stands.
 
     Raises:
-        HostUnusable: the model was not operated on.
+        HostUnusable: the model was not operated on, is wrapped, or its tensors are sharded.
     """
     cuts = cuts_of(model)
+    if not cuts and attention_paths(model):
+        raise HostUnusable(
+            f"this {type(model).__name__} wraps an operated network; save the network itself, such "
+            "as model.module (of a compiled one model._orig_mod)"
+        )
     if not cuts:
         raise HostUnusable(
             f"this {type(model).__name__} has no attention of attnsurgeon; insert_attention first"
+        )
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise HostUnusable(
+            f"the tensors of this {type(model).__name__} are sharded; gather them with "
+            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)), load "
+            "them into load_model(FILE), and save that"
         )
     certificate = certificate_of(model)
     sha256 = fingerprints(model)

@@ -8,6 +8,7 @@ import copy
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -18,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import attnsurgeon
 from attnsurgeon import digits
+from attnsurgeon.errors import HostUnusable
 from attnsurgeon.host import load_host
 from examples import finetune
 from tests import sync_batchnorm_on_cpu
@@ -82,6 +84,8 @@ def sharded(start, share, folder):
         fully_shard(block)
     fully_shard(model)
     optimizer = train(model, share)
+    with pytest.raises(HostUnusable, match="sharded"):
+        attnsurgeon.save_model(model, folder / "never.safetensors")
     state, steps = get_state_dict(model, optimizer)
     dcp.save({"model": state, "optimizer": steps}, checkpoint_id=folder / "sharded")
     return results(model)

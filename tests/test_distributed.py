@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import attnsurgeon
 from attnsurgeon import digits
+from attnsurgeon.errors import HostUnusable
 from attnsurgeon.store import save_model
 from tests import parallel
 
@@ -126,6 +127,9 @@ class TestTwoProcesses:
             "momentum_buffer"
         ].any()
 
+    def test_a_sharded_network_is_not_saved_as_it_is(self, shares, folder):
+        assert not (folder / "never.safetensors").exists()
+
     def test_the_example(self, two_processes, folder):
         assert two_processes.count("epoch 1/1: loss") == 1  # the first process alone tells
         trained = attnsurgeon.load_model(folder / "finetuned" / "trained.safetensors")
@@ -211,6 +215,8 @@ class TestOneProcess:
         for name, gate in attnsurgeon.gates(averaged.module).items():
             assert gate.item() == pytest.approx(0.5 * gates[name].item())
             assert gate.item() != 0
+        with pytest.raises(HostUnusable, match=r"wraps an operated network.*model\.module"):
+            save_model(averaged, tmp_path / "ema.safetensors")
         save_model(averaged.module, tmp_path / "ema.safetensors")
         again = attnsurgeon.load_model(tmp_path / "ema.safetensors")
         assert torch.equal(again(IMAGES.double()), averaged.module.eval()(IMAGES.double()))
