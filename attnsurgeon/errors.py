@@ -12,6 +12,8 @@ AttnSurgeonError                  exit 2: one line: what happened, to which thin
 ├── BadFile (ValueError)          a file that is not what it should be
 ├── OutputRefused (OSError)       an output that cannot or must not be written
 ├── MissingPackage (ImportError)  an optional or known-bad package
+├── OptimizerMismatch (ValueError)  an optimiser that would not train the network it is given
+├── GateLost (ArithmeticError)      a gate that became NaN or infinite in training
 ├── ExportRefused (RuntimeError)  a network that the exporter cannot take
 ├── EngineUnavailable (RuntimeError) a bench engine or device that is not there, or fell back
 ├── IdentityBroken (ArithmeticError) exit 3: an output changed, or a gate cannot learn
@@ -95,6 +97,14 @@ class OutputRefused(AttnSurgeonError, OSError):
 
 class MissingPackage(AttnSurgeonError, ImportError):
     """A package that is not installed, or in a version known to be wrong."""
+
+
+class OptimizerMismatch(AttnSurgeonError, ValueError):
+    """An optimiser that would not train the network it is given."""
+
+
+class GateLost(AttnSurgeonError, ArithmeticError):
+    """A gate that became NaN or infinite in training."""
 
 
 class ExportRefused(AttnSurgeonError, RuntimeError):

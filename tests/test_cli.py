@@ -42,7 +42,7 @@ def examples(command):
 
 class TestHelp:
     def test_there_are_the_commands_promised(self):
-        promised = "bench blocks demo export insert models sites verify"
+        promised = "bench blocks demo export gates insert models remove show sites verify"
         assert promised.split() == COMMANDS
 
     @pytest.mark.parametrize("command", COMMANDS)

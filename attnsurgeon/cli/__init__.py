@@ -9,7 +9,19 @@ from typing import Annotated, Any
 
 import typer
 
-from attnsurgeon.cli import bench, blocks, demo, export, insert, models, sites, verify
+from attnsurgeon.cli import (
+    bench,
+    blocks,
+    demo,
+    export,
+    gates,
+    insert,
+    models,
+    remove,
+    show,
+    sites,
+    verify,
+)
 from attnsurgeon.cli.shell import Group
 
 app = typer.Typer(
@@ -52,7 +64,7 @@ def _top(
             blocks.learn(text)
 
 
-for _command in (insert, export, bench, sites, blocks, models, verify, demo):
+for _command in (insert, export, bench, gates, show, remove, sites, blocks, models, verify, demo):
     _command.add_to(app)
 
 
