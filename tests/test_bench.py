@@ -17,6 +17,7 @@ from torch import nn
 import attnsurgeon
 from attnsurgeon import bench, compare_speed
 from attnsurgeon.bench import engines, environment, exported, interval, targets, timing
+from attnsurgeon.cli import bench as cli_bench
 from attnsurgeon.cost import multiply_adds
 from attnsurgeon.errors import (
     BadFile,
@@ -630,7 +631,7 @@ class TestExportedFiles:
         assert run.provider == "CPUExecutionProvider"
         assert run.file_bytes >= tiny_onnx.stat().st_size
         assert (run.parameters, run.macs) == (None, None)
-        assert "gates as they are in the file" in report.environment["notes"][0]
+        assert "gates, if it has any, as they are in the file" in report.environment["notes"][0]
 
     def test_data_beside_the_file_counts(self, tmp_path):
         import onnx
@@ -652,6 +653,19 @@ class TestExportedFiles:
         assert run.macs == multiply_adds(model, (torch.zeros(1, 3, 20, 24),))
         assert run.parameters == sum(p.numel() for p in model.parameters())
         assert run.provider is None
+
+    def test_gates_of_our_own_torchscript_are_opened(self, tmp_path):
+        operated = attnsurgeon.insert_attention(Residual(), "se", example=IMAGE)
+        scripted = make_torchscript(operated.eval(), (IMAGE,))
+        for recipe, is_open in (("{}", True), ("", False)):
+            path = tmp_path / f"{is_open}.pt"
+            scripted.save(str(path), _extra_files={"attnsurgeon": recipe, "input_size": SIZES})
+            (target,) = targets.read_targets([path])
+            gates = [p for n, p in target.module.named_parameters() if n.endswith(".openness")]
+            assert [bool(gate.any()) for gate in gates] == [is_open]
+            assert not is_open or 0.25 <= gates[0].item() <= 0.75
+            notes = environment.describe(torch.device("cpu"), 1, 1.0, [target])["notes"]
+            assert any("gates, if it has any, as they are" in note for note in notes) != is_open
 
     def test_a_network_against_its_export(self, tiny_onnx):
         report = compare_speed([tiny_onnx, Tiny()], engines=("onnxruntime",), **QUICK)
@@ -780,6 +794,8 @@ class TestCompile:
 class TestEngines:
     def test_their_names(self):
         assert bench.engine_names() == ["compile", "eager", "onnxruntime", "torchscript"]
+        # the command line knows them without torch, whose import --help must not wait for
+        assert sorted(cli_bench.ENGINES) == bench.engine_names()
 
     @pytest.mark.parametrize("name", ["eager", "torchscript"])
     def test_a_move_takes_new_memory_and_computes_the_same(self, name, tmp_path):

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
-from attnsurgeon.bench.exported import first_line, is_of_onnxruntime, session_for
+from attnsurgeon.bench.exported import is_of_onnxruntime, session_for
 from attnsurgeon.bench.targets import Inputs, Target, cast_inputs
 from attnsurgeon.borrow import on_meta
-from attnsurgeon.errors import BadOption, HostUnusable
+from attnsurgeon.errors import BadOption, HostUnusable, first_line
 
 Shape = tuple[int, ...]
 

@@ -72,8 +72,11 @@ def describe(
 
 def _notes(targets: Sequence[Target]) -> list[str]:
     notes = [f"{t.name} has random weights" for t in targets if t.weights == "random"]
-    exported = [t for t in targets if t.file and t.only]
-    notes += [f"{t.name} is timed with its gates as they are in the file" for t in exported]
+    notes += [
+        f"{t.name} is timed with its gates, if it has any, as they are in the file"
+        for t in targets
+        if not t.is_opened
+    ]
     return list(dict.fromkeys(notes))
 
 

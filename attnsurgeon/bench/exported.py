@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnsurgeon.errors import BadFile, HostUnusable
+from attnsurgeon.errors import BadFile, HostUnusable, first_line
 from attnsurgeon.export.torchscript import load_torchscript
 
 Fixed = tuple[int | None, ...]
@@ -19,6 +19,12 @@ Fixed = tuple[int | None, ...]
 
 SIZE_KEY = "input_size"
 """Metadata that export_model writes: height and width as JSON."""
+
+RECIPE_KEY = "attnsurgeon"
+"""Metadata that export_model writes where the network holds attention."""
+
+GATE_NAME = "openness"
+"""Last part of the name of a gate's number, which scripts and traces keep."""
 
 DEFAULT_SIZE = (224, 224)
 _DTYPES = {
@@ -41,11 +47,12 @@ class OnnxFile:
 
 @dataclass(frozen=True)
 class ScriptFile:
-    """A TorchScript network, an input for one image, and whether the file told its size."""
+    """A TorchScript network, an input for one image, whether the file told its size, its gates."""
 
     module: torch.jit.ScriptModule
     example: tuple[Tensor, ...]
     is_sized: bool
+    gates: tuple[Tensor, ...]
 
 
 def session_for(
@@ -83,12 +90,6 @@ def session_for(
 def is_of_onnxruntime(error: Exception) -> bool:
     """Tell whether ONNX Runtime raised this: its errors share no base class but their module."""
     return type(error).__module__.startswith("onnxruntime")
-
-
-def first_line(error: Exception) -> str:
-    """Return what an error says, or its class."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def read_onnx(path: Path) -> OnnxFile:
@@ -131,11 +132,17 @@ def read_torchscript(path: Path) -> ScriptFile:
     Raises:
         BadFile: it is not TorchScript.
     """
-    module, notes = load_torchscript(path, [SIZE_KEY])
+    module, notes = load_torchscript(path, [SIZE_KEY, RECIPE_KEY])
     told = _read_size(notes[SIZE_KEY])
     channels, dtype = _entrance(list(module.parameters()))
     example = torch.zeros(1, channels, *(told or DEFAULT_SIZE), dtype=dtype)
-    return ScriptFile(module, (example,), told is not None)
+    # Names mean nothing in a file that is not of export_model: it has another author.
+    gates = [
+        parameter
+        for name, parameter in module.named_parameters()
+        if notes[RECIPE_KEY] and name.rpartition(".")[2] == GATE_NAME
+    ]
+    return ScriptFile(module, (example,), told is not None, tuple(gates))
 
 
 def _entrance(parameters: Sequence[Tensor]) -> tuple[int, torch.dtype]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,8 @@ class Target:
         only: the one engine that can run it.
         fixed: for each input of an .onnx file, the axes that it fixes.
         is_sized: whether the example's height and width are known, not guessed.
+        is_opened: whether its gates, if it has any, were opened; an .onnx file has them folded
+            into its constants.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Target:
     only: str | None = None
     fixed: tuple[Fixed, ...] = ()
     is_sized: bool = True
+    is_opened: bool = True
 
     @property
     def module(self) -> nn.Module:
@@ -130,11 +133,13 @@ def _from_onnx(name: str, path: Path) -> Target:
         only="onnxruntime",
         fixed=read.fixed,
         is_sized=read.is_sized,
+        is_opened=False,
     )
 
 
 def _from_torchscript(name: str, path: Path) -> Target:
     read = read_torchscript(path)
+    _open(read.gates)
     return Target(
         name,
         read.example,
@@ -143,6 +148,7 @@ def _from_torchscript(name: str, path: Path) -> Target:
         file=path,
         only="torchscript",
         is_sized=read.is_sized,
+        is_opened=bool(read.gates),
     )
 
 
@@ -162,6 +168,7 @@ def _from_module(module: nn.Module, example: Any) -> Target:
         weights="given",
         model=own,
         only="torchscript" if is_script else None,
+        is_opened=not is_script,
     )
 
 
@@ -176,11 +183,15 @@ def _own_example(model: nn.Module, example: Any = None) -> Inputs:
 
 def _opened(model: nn.Module) -> nn.Module:
     """Open every gate of this very model at random, each time the same."""
+    _open(named_gates(model).values())
+    return model
+
+
+def _open(gates: Iterable[Tensor]) -> None:
     low, high = GATES
     with torch.no_grad(), borrowed_randomness(0):
-        for gate in named_gates(model).values():
+        for gate in gates:
             gate.copy_(low + (high - low) * torch.rand(gate.shape))
-    return model
 
 
 def common_example(targets: Sequence[Target], size: tuple[int, int] | None) -> Inputs:
