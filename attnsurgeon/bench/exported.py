@@ -60,9 +60,21 @@ def session_for(
     *,
     threads: int = 1,
     provider: str = "CPUExecutionProvider",
+    device: int = 0,
+    allow_tf32: bool = False,
     is_optimised: bool = True,
+    profile_to: Path | None = None,
 ) -> Any:
     """Open an .onnx file in ONNX Runtime.
+
+    Args:
+        path: the file.
+        threads: of the CPU.
+        provider: that runs it; see check_assigned for what was made of it.
+        device: number of the CUDA device.
+        allow_tf32: whether float32 products may be rounded to TF32 on CUDA.
+        is_optimised: whether its graph is rewritten for speed.
+        profile_to: beginning of the name of a file for ONNX Runtime's own profile.
 
     Raises:
         BadFile: it is no ONNX file, or one that the installed runtime cannot read.
@@ -77,14 +89,30 @@ def session_for(
     # deployment, and stop when it ends. "session.intra_op.allow_spinning" = "0" keeps sessions
     # apart as well, but makes the runs themselves up to 15 % slower than a deployed one.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if profile_to is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile_to)
     if not is_optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=[provider])
+        return onnxruntime.InferenceSession(
+            str(path), options, providers=_providers(provider, device, allow_tf32)
+        )
     except Exception as error:
         if not is_of_onnxruntime(error):
             raise
         raise BadFile(f"onnxruntime cannot read {str(path)!r}: {first_line(error)}") from error
+
+
+def _providers(provider: str, device: int, allow_tf32: bool) -> list[Any]:
+    """Return the provider with its options; TensorRT leaves what it cannot take to CUDA."""
+    if provider == "CPUExecutionProvider":
+        return [provider]
+    cuda = ("CUDAExecutionProvider", {"device_id": device, "use_tf32": str(int(allow_tf32))})
+    if provider == "CUDAExecutionProvider":
+        return [cuda]
+    return [(provider, {"device_id": device}), cuda]
 
 
 def is_of_onnxruntime(error: Exception) -> bool:
