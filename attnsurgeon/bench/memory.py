@@ -98,6 +98,8 @@ class Peak:
 
     def restart(self) -> None:
         """Forget the peak so far: that of a compiler is not that of a run."""
+        trim_memory()
+        self.warm = _kib_of(_STATUS, "VmRSS")
         self.can_reset = False
         with contextlib.suppress(OSError):
             _CLEAR.write_text("5")
@@ -105,12 +107,18 @@ class Peak:
         if self.is_cuda:
             torch.cuda.reset_peak_memory_stats(self.device)
 
-    def host_bytes(self) -> int | None:
-        """Return the host's peak since the restart; None where the system does not tell."""
+    def host_bytes(self, held: int) -> int | None:
+        """Return the host's peak since the restart; None where the system does not tell.
+
+        Args:
+            held: bytes of weights that lay there before all. With them, only what the run itself
+                takes counts on top; without, all since the beginning, which holds the weights.
+        """
         peak = _kib_of(_STATUS, "VmHWM")
-        if peak is None or self.before is None or not self.can_reset:
+        start = self.warm if held else self.before
+        if peak is None or start is None or not self.can_reset:
             return None
-        return max(0, peak - self.before)
+        return held + max(0, peak - start)
 
     def device_bytes(self, *, is_torch: bool) -> int | None:
         """Return the device's peak; of other runtimes than torch, what the device lacks since."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +13,7 @@ import torch
 
 CALLS = 3
 """Profiled runs of torch; times are of one."""
+_LOG_LEVEL = "KINETO_LOG_LEVEL"
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ def profile_torch(
         kinds.append(torch.profiler.ProfilerActivity.CUDA)
     with torch.inference_mode(mode=not is_training):
         call()
-        with torch.profiler.profile(activities=kinds) as profiler:
+        with _quiet_collector(), torch.profiler.profile(activities=kinds) as profiler:
             for _ in range(CALLS):
                 call()
             if is_cuda:
@@ -79,3 +82,17 @@ def profile_torch(
         own_us = row.self_device_time_total if is_cuda else row.self_cpu_time_total
         totals[row.key] = (row.count, own_us / 1e3)
     return _rows(totals, CALLS)
+
+
+@contextmanager
+def _quiet_collector() -> Iterator[None]:
+    """Keep torch's collector from telling stderr that it starts, stops and finds no GPU."""
+    before = os.environ.get(_LOG_LEVEL)
+    os.environ[_LOG_LEVEL] = "99"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_LOG_LEVEL]
+        else:
+            os.environ[_LOG_LEVEL] = before

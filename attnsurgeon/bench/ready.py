@@ -84,13 +84,12 @@ def _make_ready(engine: Engine, target: Target, inputs: Inputs, place: Place) ->
         peak.restart()
         runner.call()
         _wait(place.device)
-    host = peak.host_bytes()
     return Ready(
         runner=runner,
         output=leaves,
         load_s=target.read_s + loaded - start,
         first_run_ms=1e3 * (done - loaded),
-        peak_host_bytes=None if host is None else host + runner.held_bytes,
+        peak_host_bytes=peak.host_bytes(runner.held_bytes),
         peak_device_bytes=peak.device_bytes(is_torch=runner.provider is None),
     )
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 
 import numpy as np
 
-from attnsurgeon.report.wording import job_in_words, ratio_in_words
+from attnsurgeon.report.wording import job_in_words, ratio_in_words, sums_in_words
 
 Run = Mapping[str, Any]
 BINS = 48
@@ -46,7 +45,7 @@ class _Axis:
 
     def legend(self) -> str:
         """Return the ends of the axis and its zero in words."""
-        ends = [f"{value:+.2g} %" for value in (self.low, self.high)]
+        ends = [f"{value:+.{0 if abs(value) >= 10 else 1}f} %" for value in (self.low, self.high)]
         return (
             '<div class="row"><div class="label"></div><div class="axis">'
             f"<span>{ends[0]}</span><span>dashed: no difference</span><span>{ends[1]}</span>"
@@ -113,18 +112,16 @@ def _outline(heights: Any) -> str:
 
 def draw_sites(costs: Run) -> Iterator[str]:
     """Draw what each site costs alone, in the order of the network."""
-    whole = 100 * costs["whole"]
-    low, high = (100 * bound for bound in costs["whole95"])
-    decimals = max(0, min(2, 1 - math.floor(math.log10(max(high - low, 1e-3)))))
+    together, added = sums_in_words(costs)
     yield (
-        f"<p>All sites together {whole:+.{decimals}f} % [{low:.{decimals}f}, {high:.{decimals}f}]; "
-        f"the sum of each alone {100 * costs['sum_alone_in']:+.{decimals}f} %. Above: that site "
-        "alone in the host. Below: all sites, over all without that one.</p>"
+        f"<p>All sites together: {escape(together)}. The sum of each alone: {escape(added)}. "
+        "Above: that site alone in the host. Below: all sites, over all without that one.</p>"
     )
     axis = _Axis([site[key] for site in costs["sites"] for key in ("alone_in", "alone_out")])
     for site in costs["sites"]:
         features = " × ".join(map(str, site["shape"]))
         tracks = "".join(axis.drawn(site[key]) for key in ("alone_in", "alone_out"))
-        below = f"{site['block']}, {site['placement']}, {features}"
+        words = [ratio_in_words(site[key]) for key in ("alone_in", "alone_out")]
+        below = f"{site['block']}, {site['placement']}, {features}; in: {words[0]}, out: {words[1]}"
         yield _row(site["path"], below, f"<div>{tracks}</div>")
     yield axis.legend()

@@ -113,7 +113,7 @@ def _markdown(results: Results) -> Iterator[str]:
             yield _row(f"`{site['path']}`", features, *ratios)
     yield ""
     where = environment["gpu"] or environment["cpu"]
-    yield f"{where}, {environment['threads']} threads, torch {environment['torch']};"
+    yield f"{where}, threads: {environment['threads']}, torch {environment['torch']};"
     yield from ceilings_in_words(environment["ceilings"])
     yield ""
     yield f"    {environment['command']}"

@@ -16,7 +16,7 @@ from attnsurgeon.report.figures import (
     throughput,
 )
 from attnsurgeon.report.style import STYLE
-from attnsurgeon.report.wording import ceilings_in_words, job_in_words
+from attnsurgeon.report.wording import ceilings_in_words, doubts_of_runs, job_in_words
 
 Results = Mapping[str, Any]
 FIGURES = ("target", "run", "median ms", "p5", "p90", "p95", "p99", "images/s", "variation",
@@ -37,7 +37,7 @@ def _page(results: Results) -> Iterator[str]:
     yield f"<title>attnsurgeon bench on {escape(where)}</title>\n<style>{STYLE}</style>"
     yield "</head>\n<body>\n<main>\n<h1>What the attention costs</h1>"
     yield f'<p class="where">{escape(where)}, {escape(environment["device"])}, '
-    yield f"{environment['threads']} threads, torch {escape(str(environment['torch']))}</p>"
+    yield f"threads: {environment['threads']}, torch {escape(str(environment['torch']))}</p>"
     yield f"<pre>{escape(environment['command'])}</pre>"
     if results["interrupted"]:
         yield '<p class="doubt">Interrupted: the rest was not measured.</p>'
@@ -114,11 +114,8 @@ def _operators(profile: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _doubts(results: Results) -> Iterator[str]:
-    lines = [
-        (f"{run['target']}, {job_in_words(run)}", doubt)
-        for run in (*results["comparisons"], *results["runs"])
-        for doubt in run["doubts"]
-    ]
+    lines = [(job_in_words(c), doubt) for c in results["comparisons"] for doubt in c["doubts"]]
+    lines += doubts_of_runs(results)
     if lines or results["failures"] or results["environment"]["notes"]:
         yield "<ul>"
         for what, doubt in dict.fromkeys(lines):

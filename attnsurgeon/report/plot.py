@@ -40,7 +40,7 @@ def draw_plot(results: Mapping[str, Any], path: Path, form: str) -> None:
         draw(axis, data)
     environment = results["environment"]
     where = environment["gpu"] or environment["cpu"]
-    figure.suptitle(f"{where}, {environment['threads']} threads, torch {environment['torch']}")
+    figure.suptitle(f"{where}, threads: {environment['threads']}, torch {environment['torch']}")
     figure.savefig(path, format=form, dpi=150)
 
 
@@ -65,7 +65,8 @@ def _draw_sites(axis: Any, costs: Mapping[str, Any]) -> None:
     labels = [f"{site['path']} ({'×'.join(map(str, site['shape']))})" for site in sites]
     _draw_intervals(axis, labels, [site["alone_in"] for site in sites], "in", -0.12)
     _draw_intervals(axis, labels, [site["alone_out"] for site in sites], "out", 0.12)
-    axis.legend(["alone in", "alone out"])
+    axis.legend()
+    axis.set_title(f"{Path(costs['target']).name}, {job_in_words(costs)}")
     axis.set_xlabel("cost of the site, %")
 
 
@@ -79,7 +80,9 @@ def _draw_intervals(
         [max(0.0, e[1] - m) for m, e in zip(middles, ends, strict=True)],
     ]
     places = [i + shift for i in range(len(found))]
-    axis.errorbar(middles, places, xerr=errors, fmt="o", capsize=3, color=COLOURS[kind])
+    axis.errorbar(
+        middles, places, xerr=errors, fmt="o", capsize=3, color=COLOURS[kind], label=f"alone {kind}"
+    )
     axis.set_yticks(range(len(labels)), labels)
     axis.set_ylim(len(labels) - 0.5, -0.5)
     axis.axvline(0, color="#8a94a3", linestyle="--", linewidth=1)

@@ -21,8 +21,10 @@ from attnsurgeon.report.table import new_table
 from attnsurgeon.report.wording import (
     ceilings_in_words,
     comparison_in_words,
+    doubts_of_runs,
     job_in_words,
     ratio_in_words,
+    sums_in_words,
 )
 
 MOST_OPERATORS = 12
@@ -42,9 +44,8 @@ def _lines(data: Mapping[str, Any]) -> Iterator[str]:
     for found in data["comparisons"]:
         yield comparison_in_words(found)
         yield from (f"  doubt: {doubt}" for doubt in found["doubts"])
-    for run in data["runs"]:
-        for doubt in run["doubts"]:
-            yield f"doubt: {run['target']}, {job_in_words(run)}: {doubt}"
+    for what, doubt in doubts_of_runs(data):
+        yield f"doubt: {what}: {doubt}"
     for failure in data["failures"]:
         yield f"failed: {failure['reason']}"
     yield from ceilings_in_words(data["environment"]["ceilings"])
@@ -125,9 +126,6 @@ def _sites(costs: Mapping[str, Any]) -> RenderableType:
             "x".join(map(str, site["shape"])),
             *(ratio_in_words(site[key]) for key in ("alone_in", "alone_out")),
         )
-    low, high = (100 * bound for bound in costs["whole95"])
-    table.add_row(
-        "sum", "", "", "", f"{100 * costs['sum_alone_in']:+.1f} %",
-        f"all together {100 * costs['whole']:+.1f} % [{low:.1f}, {high:.1f}]",
-    )  # fmt: skip
+    together, added = sums_in_words(costs)
+    table.add_row("sum of all", "", "", "", added, f"all together: {together}")
     return table

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -26,6 +27,32 @@ def comparison_in_words(found: Mapping[str, Any]) -> str:
 def ratio_in_words(found: Mapping[str, Any]) -> str:
     """Return a ratio with its interval as a verdict."""
     return verdict(Estimate(found["ratio"], *found["interval95"]))
+
+
+def sums_in_words(costs: Mapping[str, Any]) -> tuple[str, str]:
+    """Return what all sites cost together, and the sum of what each costs alone.
+
+    The intervals of the sites are independent: they add up as squares do.
+    """
+    low, high = costs["whole95"]
+    together = Estimate(1 + costs["whole"], 1 + low, 1 + high)
+    down, up = 0.0, 0.0
+    for site in costs["sites"]:
+        ratio, (low, high) = site["alone_in"]["ratio"], site["alone_in"]["interval95"]
+        down, up = math.hypot(down, ratio - low), math.hypot(up, high - ratio)
+    total = 1 + costs["sum_alone_in"]
+    return verdict(together), verdict(Estimate(total, total - down, total + up))
+
+
+def doubts_of_runs(results: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Return (run, doubt) for every doubt, without those that its job's comparison has told."""
+    told = {(job_in_words(c), doubt) for c in results["comparisons"] for doubt in c["doubts"]}
+    return [
+        (f"{run['target']}, {job_in_words(run)}", doubt)
+        for run in results["runs"]
+        for doubt in run["doubts"]
+        if (job_in_words(run), doubt) not in told
+    ]
 
 
 def ceilings_in_words(ceilings: Sequence[Mapping[str, Any]]) -> Iterator[str]:
