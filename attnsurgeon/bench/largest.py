@@ -30,9 +30,8 @@ def find_largest(attempt: Callable[[int], None], tell: Callable[[int], None]) ->
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            return False
-        finally:
             release_memory()
+            return False
         return True
 
     low, high = 0, 1

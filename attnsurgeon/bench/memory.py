@@ -115,9 +115,9 @@ class Peak:
                 takes counts on top; without, all since the beginning, which holds the weights.
         """
         peak = _kib_of(_STATUS, "VmHWM")
-        start = self.warm if held else self.before
-        if peak is None or start is None or not self.can_reset:
+        if peak is None or self.before is None or self.warm is None or not self.can_reset:
             return None
+        start = min(self.before, self.warm) if held else self.before
         return held + max(0, peak - start)
 
     def device_bytes(self, *, is_torch: bool) -> int | None:
