@@ -136,6 +136,49 @@ class TestOnnxRuntime:
         with pytest.raises(EngineUnavailable, match="fell back to AzureExecutionProvider"):
             compare_speed([tiny_onnx], engines=("onnxruntime",), **QUICK)
 
+    def test_a_product_on_another_provider_is_a_fallback(self):
+        class Node:
+            op_type = "Conv"
+
+        class Part:
+            ep_name = "CPUExecutionProvider"
+
+            def get_nodes(self):
+                return [Node, Node]
+
+        class Session:
+            def get_providers(self):
+                return ["CUDAExecutionProvider", "CPUExecutionProvider"]
+
+            def get_provider_graph_assignment_info(self):
+                return [Part()]
+
+        with pytest.raises(EngineUnavailable, match="fell back to CPUExecutionProvider for 2 Conv"):
+            onnx_runtime.check_assigned(Session(), "CUDAExecutionProvider")
+        Node.op_type = "Shape"  # those are meant to run there
+        onnx_runtime.check_assigned(Session(), "CUDAExecutionProvider")
+
+    def test_not_installed(self, monkeypatch):
+        import sys
+
+        monkeypatch.setitem(sys.modules, "onnxruntime", None)
+        with pytest.raises(EngineUnavailable, match="not installed: pip install onnxruntime"):
+            engines.get("onnxruntime").check(torch.device("cpu"))
+
+    def test_tensorrt_is_not_installed(self):
+        if onnx_runtime.TENSORRT in onnxruntime.get_available_providers():
+            pytest.skip("it is")
+        with pytest.raises(EngineUnavailable, match="pip install tensorrt"):
+            engines.get("onnxruntime-tensorrt").check(torch.device("cuda", 0))
+
+    def test_providers_get_their_options(self):
+        cpu = exported._providers("CPUExecutionProvider", 0, False)
+        cuda = exported._providers("CUDAExecutionProvider", 1, True)
+        both = exported._providers(onnx_runtime.TENSORRT, 1, False)
+        assert cpu == ["CPUExecutionProvider"]
+        assert cuda == [("CUDAExecutionProvider", {"device_id": 1, "use_tf32": "1"})]
+        assert [name for name, _ in both] == [onnx_runtime.TENSORRT, "CUDAExecutionProvider"]
+
     def test_no_bfloat16(self):
         with pytest.raises(EngineUnavailable, match="no bfloat16 from Python: leave Tiny"):
             compare_speed(
@@ -164,6 +207,25 @@ class TestOnnxRuntime:
 
 
 class TestCompile:
+    @pytest.mark.parametrize(
+        ("engine", "mode"), [("compile", None), ("compile-max-autotune", "max-autotune")]
+    )
+    def test_the_mode_reaches_the_compiler(self, engine, mode, monkeypatch):
+        asked = []
+
+        def spy(function, **options):
+            asked.append(options)
+            return compile_(function, **{**options, "mode": None}, backend="eager")
+
+        compile_ = torch.compile
+        monkeypatch.setattr(torch, "compile", spy)
+        for train in (False, True):
+            (run,) = compare_speed(
+                [Tiny()], engines=(engine,), input_size=(8, 8), train=train, **QUICK
+            ).runs
+            assert run.first_run_ms > run.median_ms  # it compiles then
+        assert asked == [{"dynamic": False, "mode": mode}] * 2
+
     def test_it_compiles_once_and_is_timed(self):
         from torch._dynamo.utils import counters
 
@@ -196,6 +258,98 @@ class TestCompile:
         monkeypatch.setattr(torch, "compile", broken)
         with pytest.raises(EngineUnavailable, match=r"install g\+\+"):
             compare_speed([Tiny()], engines=("compile",), input_size=(8, 8), **QUICK)
+
+
+@pytest.fixture(scope="module")
+def exported_residual(tmp_path_factory):
+    """Return an operated network, and the files that export wrote of it."""
+    folder = tmp_path_factory.mktemp("exports")
+    operated = attnsurgeon.insert_attention(Residual(), "se", example=IMAGE)
+    for gate in attnsurgeon.gates(operated).values():
+        torch.nn.init.constant_(gate, 0.5)
+    for suffix in ("onnx", "pt"):
+        attnsurgeon.export_model(operated, folder / f"d.{suffix}", example=IMAGE)
+    return operated, folder
+
+
+class TestExports:
+    """Every engine that takes a file, on files that export wrote."""
+
+    @pytest.mark.parametrize(
+        ("engine", "suffix"),
+        [("onnxruntime", "onnx"), ("torchscript", "pt"), ("torchscript-frozen", "pt")],
+    )
+    def test_alone_and_against_the_network(self, exported_residual, engine, suffix):
+        operated, folder = exported_residual
+        path = folder / f"d.{suffix}"
+        report = compare_speed([path, operated], engines=(engine,), **QUICK)
+        assert [run.target for run in report.runs] == [str(path), "Residual"]
+        assert {run.engine for run in report.runs} == {engine}
+        assert all(run.median_ms > 0 for run in report.runs)
+        assert not any("folded" in doubt for run in report.runs for doubt in run.doubts)
+
+
+class TestFrozen:
+    def test_weights_are_constants_and_a_move_renews_them(self, tmp_path):
+        (target,) = targets.read_targets([Tiny()])
+        image = (torch.randn(1, 3, 8, 8),)
+        place = engines.Place(torch.device("cpu"), 1, tmp_path)
+        runner = engines.get("torchscript-frozen").prepare(target, image, place)
+        with torch.inference_mode():
+            before = runner.call()
+        runner.move()
+        with torch.inference_mode():
+            assert torch.allclose(runner.call(), before, atol=1e-6)
+            assert torch.allclose(before, target.module(*image), atol=1e-5)
+
+
+class TestAheadOfTime:
+    def test_a_library_of_its_own(self, tmp_path):
+        net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU())
+        (target,) = targets.read_targets([net], (torch.zeros(1, 4),))
+        inputs = (torch.randn(2, 4),)
+        place = engines.Place(torch.device("cpu"), 1, tmp_path)
+        import torch._inductor.config as inductor
+
+        try:
+            with inductor.patch("aot_inductor.compile_wrapper_opt_level", "O0"):  # sooner done
+                runner = engines.get("aotinductor").prepare(target, inputs, place)
+        except EngineUnavailable as error:
+            pytest.skip(str(error))
+        with torch.inference_mode():
+            before = runner.call()
+            assert torch.allclose(before, target.module(*inputs), atol=1e-6)
+        runner.move()
+        with torch.inference_mode():
+            assert torch.equal(runner.call(), before)
+        assert list(tmp_path.glob("*.pt2"))
+
+    def test_no_compiler(self, monkeypatch, tmp_path):
+        def broken(*args, **options):
+            raise RuntimeError("InvalidCxxCompiler: No working C++ compiler found")
+
+        monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", broken)
+        with pytest.raises(EngineUnavailable, match=r"AOTInductor needs a C\+\+ compiler"):
+            compare_speed([Tiny()], engines=("aotinductor",), input_size=(8, 8), **QUICK)
+
+
+class TestCudaGraphs:
+    @pytest.mark.parametrize("name", ["cudagraphs", "compile-cudagraphs", "onnxruntime-tensorrt"])
+    def test_they_need_cuda(self, name):
+        with pytest.raises(EngineUnavailable, match=f"{name} needs a CUDA device"):
+            compare_speed([Tiny()], engines=(name,), **QUICK)
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+    @pytest.mark.parametrize("train", [False, True])
+    def test_a_replay_computes_the_same(self, train, tmp_path):
+        (target,) = targets.read_targets([Tiny()])
+        inputs = (torch.randn(2, 3, 8, 8, device="cuda"),)
+        place = engines.Place(torch.device("cuda", 0), 1, tmp_path, train=train)
+        runner = engines.get("cudagraphs").prepare(target, inputs, place)
+        output = runner.first()
+        assert torch.allclose(output.cpu(), target.module(inputs[0].cpu()), atol=1e-3)
+        runner.move()
+        runner.call()
 
 
 class TestEngines:

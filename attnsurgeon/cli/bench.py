@@ -140,6 +140,7 @@ def bench(
     outputs = output or []
     for path in outputs:
         check_results(path, force=force)
+    is_interrupted = False
     try:
         with live_progress(tell) as progress:
             report = compare_speed(
@@ -159,15 +160,14 @@ def bench(
                 command=ctx.meta[__name__],
             )
     except BenchInterrupted as stop:
-        for path in outputs:
-            write_results(stop.report.to_json(), path, force=force)
-        say_json(stop.report.to_json()) if as_json else say(show_report(stop.report))
-        kept = f" and is in {', '.join(map(str, outputs))}" if outputs else ""
-        tell(f"interrupted; what was measured before stands above{kept}")
-        raise typer.Exit(130) from None
+        report, is_interrupted = stop.report, True
     for path in outputs:
         write_results(report.to_json(), path, force=force)
     say_json(report.to_json()) if as_json else say(show_report(report))
+    if is_interrupted:
+        kept = f" and is in {', '.join(map(str, outputs))}" if outputs else ""
+        tell(f"interrupted; what was measured before stands above{kept}")
+        raise typer.Exit(130)
 
 
 def _compare(files: list[str], fail_above: str | None, *, as_json: bool, is_asked: bool) -> None:
