@@ -1,4 +1,4 @@
-"""What a user can put right, and the two promises that can break.
+"""What a user can put right, and the promises that can break.
 
 AttnSurgeonError                  exit 2: one line: what happened, to which thing, what to type next
 ├── UnknownName (LookupError)     a model, block, weight, option or placement that does not exist
@@ -17,7 +17,8 @@ AttnSurgeonError                  exit 2: one line: what happened, to which thin
 ├── ExportRefused (RuntimeError)  a network that the exporter cannot take
 ├── EngineUnavailable (RuntimeError) a bench engine or device that is not there, or fell back
 ├── IdentityBroken (ArithmeticError) exit 3: an output changed, or a gate cannot learn
-└── ExportDiffers (ArithmeticError) exit 4: the file does not compute what the model computes
+├── ExportDiffers (ArithmeticError) exit 4: the file does not compute what the model computes
+└── TooSlow (RuntimeError)        exit 5: slower than before by more than was allowed
 """
 
 from __future__ import annotations
@@ -125,3 +126,9 @@ class ExportDiffers(AttnSurgeonError, ArithmeticError):
     """The written file does not compute what the model computes: it is removed."""
 
     exit_code = 4
+
+
+class TooSlow(AttnSurgeonError, RuntimeError):
+    """A result became slower than an earlier one by more than was allowed."""
+
+    exit_code = 5

@@ -206,7 +206,7 @@ class TestLists:
         words = ("a.onnx", "--batch", "1", "8", "--engine", "eager", "compile", "--threads", "2")
         params = parsed(*words)
         assert params["targets"] == ["a.onnx"]
-        assert params["batch"] == [1, 8]
+        assert params["batch"] == ["1", "8"]
         assert params["engine"] == ["eager", "compile"]
         assert params["threads"] == 2
         apart = "a.onnx --batch 1 --batch 8 --engine eager --engine compile --threads 2"

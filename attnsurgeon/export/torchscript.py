@@ -66,6 +66,13 @@ def _make(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[torch.jit.Scrip
             ) from error
 
 
+def freeze_torchscript(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    """Return a copy with its weights as constants, optimised for inference where it lies."""
+    with _quiet(), torch.no_grad():
+        frozen: torch.jit.ScriptModule = torch.jit.freeze(module.eval())
+        return torch.jit.optimize_for_inference(frozen)
+
+
 class _ScriptDraft(Draft):
     def __init__(
         self, scripted: torch.jit.ScriptModule, is_scripted: bool, metadata: Mapping[str, str]
