@@ -2,6 +2,8 @@
 
 import copy
 import json
+from dataclasses import replace
+from itertools import pairwise
 
 import onnx
 import pytest
@@ -18,11 +20,20 @@ from attnsurgeon.errors import (
     UnknownName,
 )
 from attnsurgeon.export import onnx as onnx_format
-from attnsurgeon.export import torchscript
+from attnsurgeon.export import onnx_file, torchscript
 from attnsurgeon.export.format import format_for
-from attnsurgeon.export.proof import compare_outputs, gate_values, opened_values
+from attnsurgeon.export.proof import (
+    TOLERANCES,
+    compare_outputs,
+    gate_values,
+    opened_values,
+    run_with_gates,
+)
 from attnsurgeon.host import load_host
+from attnsurgeon.plan import make_plan
 from attnsurgeon.recipe import Recipe
+from attnsurgeon.surgery import apply_plan
+from tests import hosts
 
 SUFFIXES = [".onnx", ".pt"]
 
@@ -102,8 +113,8 @@ def test_the_opset_is_the_one_asked_for(operated, tmp_path, opset):
 def test_static_fixes_the_axes(operated, tmp_path):
     artifact = attnsurgeon.export_model(operated, tmp_path / "x.onnx", static=True)
     assert not artifact.dynamic
-    fixed = onnx_format.Onnx().fixed_axes(tmp_path / "x.onnx")
-    assert fixed == ["input.batch", "input.height", "input.width"]
+    fixed = onnx_format.Onnx().open(tmp_path / "x.onnx").fixed_axes
+    assert fixed == ("input.batch", "input.height", "input.width")
 
 
 def test_input_size(operated, tmp_path):
@@ -147,6 +158,18 @@ def fix_the_batch(graph):
     graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
 
 
+def cross_two_gates(graph):
+    first, second = [t.name for t in graph.initializer if t.name.endswith("gate.openness")][:2]
+    other = {first: second, second: first}
+    for node in graph.node:
+        node.input[:] = [other.get(name, name) for name in node.input]
+
+
+def crossed(gates):
+    names = list(gates)
+    return {a: gates[b] for a, b in zip(names, names[1:] + names[:1], strict=True)}
+
+
 class Planted:
     """Spoil what a draft writes; tells which gates the first refused check had."""
 
@@ -163,21 +186,17 @@ class Planted:
     @staticmethod
     def gates(monkeypatch, draft):
         write = draft.write
-
-        def crossed(self, path, gates):
-            names = list(gates)
-            turned = names[1:] + names[:1]
-            write(self, path, {a: gates[b] for a, b in zip(names, turned, strict=True)})
-
-        monkeypatch.setattr(draft, "write", crossed)
+        monkeypatch.setattr(
+            draft, "write", lambda self, path, gates: write(self, path, crossed(gates))
+        )
 
     @staticmethod
     def axes(monkeypatch, kind):
         opened = kind.open
 
-        def turned(self, path):
-            run = opened(self, path)
-            return lambda inputs: run((inputs[0].transpose(2, 3),))
+        def turned(self, path, gates=None):
+            file = opened(self, path, gates)
+            return replace(file, run=lambda inputs: file.run((inputs[0].transpose(2, 3),)))
 
         monkeypatch.setattr(kind, "open", turned)
 
@@ -199,13 +218,22 @@ class TestWrongAnswersAreCaught:
         Planted.after_writing(monkeypatch, flatten_attention)
         assert "gates open" in refused(operated, tmp_path / "x.onnx")
 
+    def test_a_gate_wired_to_the_wrong_block(self, operated, tmp_path, monkeypatch):
+        Planted.after_writing(monkeypatch, cross_two_gates)
+        assert "gates open" in refused(operated, tmp_path / "x.onnx")
+
     @pytest.mark.parametrize(
         ("suffix", "draft"),
         [(".onnx", onnx_format._OnnxDraft), (".pt", torchscript._ScriptDraft)],
     )
-    def test_a_gate_wired_to_the_wrong_block(self, operated, tmp_path, monkeypatch, suffix, draft):
+    def test_trained_gates_written_to_the_wrong_block(
+        self, operated, tmp_path, monkeypatch, suffix, draft
+    ):
+        trained = copy.deepcopy(operated)
+        for i, gate in enumerate(attnsurgeon.gates(trained).values()):
+            gate.data.fill_(0.2 + 0.1 * i)
         Planted.gates(monkeypatch, draft)
-        assert "gates open" in refused(operated, tmp_path / f"x{suffix}")
+        assert "gates open" in refused(trained, tmp_path / f"x{suffix}")
 
     @pytest.mark.parametrize(
         ("suffix", "kind"), [(".onnx", onnx_format.Onnx), (".pt", torchscript.TorchScript)]
@@ -220,7 +248,7 @@ class TestWrongAnswersAreCaught:
 
     def test_an_axis_that_is_fixed_without_saying_so(self, operated, tmp_path, monkeypatch):
         Planted.after_writing(monkeypatch, fix_the_batch)
-        monkeypatch.setattr(onnx_format.Onnx, "fixed_axes", lambda self, path: [])
+        monkeypatch.setattr(onnx_file.OnnxFile, "fixed_axes", ())
         assert "max_rel inf" in refused(operated, tmp_path / "x.onnx")
 
     def test_an_axis_fixed_by_the_exporter(self, operated, tmp_path, monkeypatch):
@@ -277,18 +305,37 @@ class TestComparer:
         assert compare_outputs([x], [x.flip(1)], 1e-4)[3] == 0.0
 
 
-def test_opened_gates_are_opened_until_it_shows(operated):
+@pytest.mark.parametrize("name", hosts.NAMES)
+def test_each_gate_wired_wrongly_is_noticed(name):
+    """Two neighbours exchanged, or one attention left out: the opened check sees it."""
+    model = copy.deepcopy(hosts.host(name))
+    plan = make_plan(model, hosts.sites(name), "se", every=3)
+    apply_plan(model, plan)
+    image = (hosts.image(1),)
+    opened = opened_values(model, image)
+    expected = run_with_gates(model, opened, image)
+    near = sorted(opened, key=lambda path: opened[path].item())
+    assert len({value.item() for value in opened.values()}) == len(near) > 1
+    wrong = [{**opened, path: torch.zeros(1)} for path in near]
+    wrong += [{**opened, a: opened[b], b: opened[a]} for a, b in pairwise(near)]
+    for gates in wrong:
+        found = run_with_gates(model, gates, image)
+        assert not compare_outputs(expected, found, TOLERANCES[torch.float32])[-1]
+
+
+def test_hidden_gates_are_opened_until_it_shows(operated):
     """A branch behind a tiny layer scale would hide whatever its attention computes."""
     hidden = copy.deepcopy(operated)
-    hidden.features[12].register_forward_hook(lambda module, args, out: out)
-    for block in hidden.modules():
-        if hasattr(block, "attention_post"):
-            nn.init.constant_(block.attention_post.excite.bias, 12.0)  # a map of nearly 1
-            block.attention_post.excite.weight.data.mul_(1e-3)
+    paths = list(attnsurgeon.gates(hidden))
+    weak = hidden.get_submodule(paths[1].removesuffix(".gate.openness"))
+    nn.init.constant_(weak.excite.bias, 12.0)  # a map of nearly 1
+    weak.excite.weight.data.mul_(1e-3)
     image = (torch.randn(1, 3, 32, 32),)
     assert max(v.max() for v in opened_values(operated, image).values()) <= 1
-    assert min(v.min() for v in opened_values(hidden, image).values()) > 1
+    opened = opened_values(hidden, image)
+    assert [path for path, value in opened.items() if value.item() > 1] == [paths[1]]
     assert all(not value.any() for value in gate_values(hidden).values())
+    assert not any(p.grad is not None for p in hidden.parameters())
 
 
 def test_a_check_that_could_not_fail_is_refused(operated, tmp_path):

@@ -49,12 +49,12 @@ def export(
     batch 1, 2 and 5 and another input size. A file that differs is not kept (exit 4).
     """
     from attnsurgeon.export import export_model
-    from attnsurgeon.export.format import format_for
+    from attnsurgeon.export.format import Settings, format_for
     from attnsurgeon.job import open_model
     from attnsurgeon.outputs import check_output
     from attnsurgeon.report.artifact import show_artifact
 
-    format_for(output)
+    format_for(output).check(Settings(opset=opset, dynamic=not static))
     check_output(output, force=force)
     size = read_size(input_size)
     tell(f"loading {file}")

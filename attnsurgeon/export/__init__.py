@@ -10,7 +10,8 @@ import json
 import os
 import pkgutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,15 @@ from torch import Tensor, nn
 from attnsurgeon.borrow import borrowed_randomness
 from attnsurgeon.card import HostCard, card_of
 from attnsurgeon.errors import BadOption, ExportDiffers, HostUnusable
-from attnsurgeon.export.format import Draft, Format, Settings, format_for, formats
+from attnsurgeon.export.format import (
+    Draft,
+    Format,
+    Opened,
+    Runner,
+    Settings,
+    format_for,
+    formats,
+)
 from attnsurgeon.export.proof import Check, check_file, gate_values, opened_values
 from attnsurgeon.observe import runs_on
 from attnsurgeon.outputs import atomic_output
@@ -91,8 +100,9 @@ def export_model(
 ) -> Artifact:
     """Write a network to `.onnx` or `.pt`, re-open the file and compare it with the model.
 
-    The comparison runs with the gates as they are and, on a second file made by the same
-    passes, with every gate open at a random value; at batch 1, 2 and 5 and at another size.
+    The comparison runs with the gates as they are and with every gate open at a value of its own
+    (in the file itself, or where a format folds them, in a twin made by the same passes); at batch
+    1, 2 and 5 and at another size.
 
     Args:
         model: any network that takes one image batch; it is left untouched.
@@ -112,6 +122,7 @@ def export_model(
         ExportDiffers: the file does not compute what the model computes; it is removed.
     """
     kind = format_for(output)
+    kind.check(Settings(opset=opset, dynamic=not static))
     image = _image(model, example, input_size)
     settings = Settings(opset=opset, dynamic=not static, metadata=_metadata(model, image))
     with atomic_output(output, force=force) as part:
@@ -119,12 +130,10 @@ def export_model(
         draft = kind.draft(model, (_random(image, 1 if static else 2),), settings)
         batches = _batches(model, image, static)
         draft.write(part, gate_values(model))
-        if not static:
-            _check_free(kind, part)
-        checks = _prove(kind, draft, model, part, batches, progress)
-        written, size = kind.opset(part), part.stat().st_size
-        if opset is not None and written != opset:
-            raise BadOption(f"--opset {opset} cannot be written: the exporter made {written}")
+        notices, size = draft.notices, part.stat().st_size
+        twin = draft if kind.folds_gates else None
+        del draft  # its weights need not stand in memory beside those that are read
+        checks, written = _prove(kind, twin, part, model, batches, settings, progress)
     return Artifact(
         output=str(output),
         format=kind.name,
@@ -132,33 +141,23 @@ def export_model(
         opset=written,
         dynamic=not static,
         checks=tuple(checks),
-        notices=draft.notices,
+        notices=notices,
     )
-
-
-def _check_free(kind: Format, part: Path) -> None:
-    """Read the axes back from the file.
-
-    Raises:
-        ExportDiffers: one that should be free came out fixed.
-    """
-    fixed = kind.fixed_axes(part)
-    if fixed:
-        raise ExportDiffers(
-            f"{', '.join(fixed)} came out fixed; nothing was kept; "
-            "give --static if that is what you want"
-        )
 
 
 def _prove(
     kind: Format,
-    draft: Draft,
-    model: nn.Module,
+    twin: Draft | None,
     part: Path,
+    model: nn.Module,
     batches: list[Tensor],
+    settings: Settings,
     progress: Callable[[str], None],
-) -> list[Check]:
-    """Compare the written file, and its twin with opened gates, with the model.
+) -> tuple[list[Check], int | None]:
+    """Compare the written file with the model, as it is and with its gates opened.
+
+    Returns:
+        Every comparison, and the file's opset.
 
     Raises:
         ExportDiffers: one comparison failed.
@@ -166,14 +165,16 @@ def _prove(
     own = gate_values(model)
     label = "open" if any(bool(value.any()) for value in own.values()) else "closed"
     progress("checking it from disk, gates as they are")
-    checks = check_file(kind.open(part), model, own, label, batches)
+    written = kind.open(part)
+    _check_header(written, settings)
+    checks = check_file(written.run, model, own, label, batches)
+    opset = written.opset
     if own:
         progress("checking it from disk, gates open")
-        opened = opened_values(model, (batches[0],))
-        with tempfile.TemporaryDirectory(prefix="attnsurgeon-") as folder:
-            twin = Path(folder) / "opened"
-            draft.write(twin, opened)
-            checks += check_file(kind.open(twin), model, opened, "open", batches)
+        opened = opened_values(model, (min(batches, key=Tensor.numel),))
+        del written
+        with _opened_file(kind, twin, part, opened) as run:
+            checks += check_file(run, model, opened, "open", batches)
     for check in checks:
         if not check.passed:
             raise ExportDiffers(
@@ -181,7 +182,39 @@ def _prove(
                 f"{check.batch}, {check.size[0]}x{check.size[1]} px: max_rel {check.max_rel:.2g}, "
                 f"cosine {check.cosine:.4f}; nothing was kept"
             )
-    return checks
+    return checks, opset
+
+
+def _check_header(written: Opened, settings: Settings) -> None:
+    """Refuse a file that says it is not what was asked for.
+
+    Raises:
+        ExportDiffers: an axis that should be free came out fixed.
+        BadOption: it has another opset.
+    """
+    if settings.dynamic and written.fixed_axes:
+        raise ExportDiffers(
+            f"{', '.join(written.fixed_axes)} came out fixed; nothing was kept; "
+            "give --static if that is what you want"
+        )
+    if settings.opset not in (None, written.opset):
+        raise BadOption(
+            f"--opset {settings.opset} cannot be written: the exporter made {written.opset}"
+        )
+
+
+@contextmanager
+def _opened_file(
+    kind: Format, twin: Draft | None, part: Path, gates: Mapping[str, Tensor]
+) -> Iterator[Runner]:
+    """Yield what runs the file with these gates, or its twin where its own are out of reach."""
+    if twin is None:
+        yield kind.open(part, gates).run
+        return
+    with tempfile.TemporaryDirectory(prefix="attnsurgeon-") as folder:
+        path = Path(folder) / "opened"
+        twin.write(path, gates)
+        yield kind.open(path).run
 
 
 def _image(model: nn.Module, example: Tensor | None, size: tuple[int, int] | None) -> Tensor:

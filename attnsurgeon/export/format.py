@@ -23,6 +23,25 @@ class RunFailed(Exception):
 
 
 @dataclass(frozen=True)
+class Opened:
+    """A written file, read from disk; calling it runs it.
+
+    Attributes:
+        run: runs it.
+        opset: the opset that the file asks for, if the format has such a thing.
+        fixed_axes: the input axes that the file fixes, as far as it says.
+    """
+
+    run: Runner
+    opset: int | None = None
+    fixed_axes: tuple[str, ...] = ()
+
+    def __call__(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        """Run the file."""
+        return self.run(inputs)
+
+
+@dataclass(frozen=True)
 class Settings:
     """What the user may choose; a format that has no such choice refuses it."""
 
@@ -45,27 +64,37 @@ class Format(ABC):
     """One export format; a subclass per file in this folder, registered under its suffix."""
 
     name: ClassVar[str]
+    folds_gates: ClassVar[bool] = False
+    """Whether the gates of a written file are out of reach; a twin then proves what is behind."""
+
+    @abstractmethod
+    def check(self, settings: Settings) -> None:
+        """Refuse what cannot be written, before anything is loaded or translated.
+
+        Raises:
+            BadOption, ExportRefused: a setting is not one for this format.
+            MissingPackage: what writes the format is missing or known to be wrong.
+        """
 
     @abstractmethod
     def draft(self, model: nn.Module, inputs: tuple[Tensor, ...], settings: Settings) -> Draft:
         """Translate a network in eval mode.
 
         Raises:
-            ExportRefused: the network, or a setting, is not one for this format.
-            MissingPackage: what writes the format is missing or known to be wrong.
+            ExportRefused: the network is not one for this format.
         """
 
     @abstractmethod
-    def open(self, path: Path) -> Runner:
-        """Read a written file from disk and return what runs it."""
+    def open(self, path: Path, gates: Mapping[str, Tensor] | None = None) -> Opened:
+        """Read a written file from disk.
 
-    def opset(self, path: Path) -> int | None:
-        """Return the opset that a written file asks for, if the format has such a thing."""
-        return None
+        Args:
+            path: the file, which is left as it is.
+            gates: values for its gates in place of its own, unless the format folds them.
 
-    def fixed_axes(self, path: Path) -> list[str]:
-        """Return the input axes that a written file fixes, as far as it says."""
-        return []
+        Raises:
+            BadFile: it cannot be run, or has no such gates.
+        """
 
 
 formats: Registry[Format] = Registry("export format")
@@ -93,8 +122,13 @@ def format_for(path: str | os.PathLike[str]) -> Format:
     return formats.get(suffix)
 
 
-def leaves_on_cpu(output: Any) -> list[Tensor]:
-    """Return the tensors of any output structure, on the CPU."""
+def leaves(output: Any) -> list[Tensor]:
+    """Return the tensors of any output structure."""
     from torch.utils._pytree import tree_leaves
 
-    return [leaf.detach().cpu() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def leaves_on_cpu(output: Any) -> list[Tensor]:
+    """Return the tensors of any output structure, on the CPU."""
+    return [leaf.detach().cpu() for leaf in leaves(output)]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from attnsurgeon.borrow import borrowed_modes
-from attnsurgeon.errors import BadFile, BadOption, ExportRefused, MissingPackage
-from attnsurgeon.export.format import Draft, Format, RunFailed, Runner, Settings, register
+from attnsurgeon.errors import (
+    BadFile,
+    BadOption,
+    ExportRefused,
+    MissingPackage,
+    first_line,
+)
+from attnsurgeon.export.fold import fold_norms
+from attnsurgeon.export.format import Draft, Format, Opened, RunFailed, Runner, Settings, register
+from attnsurgeon.export.onnx_file import read_file, write_file
 from attnsurgeon.gate import named_gates
 
 OLDEST_OPSET = 18
@@ -87,26 +96,40 @@ def _check_bytes(model: nn.Module) -> None:
 
 
 class _OnnxDraft(Draft):
-    def __init__(self, program: Any, opset: int | None, metadata: Mapping[str, str]) -> None:
-        self.program = program
-        self.opset = opset
+    def __init__(self, model: Any, metadata: Mapping[str, str]) -> None:
+        self.model = model
         self.metadata = dict(metadata)
 
     def write(self, path: Path, gates: Mapping[str, Tensor]) -> None:
         import onnx_ir
-        from onnxscript import optimizer, version_converter
 
-        # Gates are set before constants are folded, so that both the closed and the opened file
-        # come out of the same passes: a gate set afterwards would miss what was folded.
-        model = self.program.model.clone()
         for name, value in gates.items():
-            initializer = model.graph.initializers[name]
+            initializer = self.model.graph.initializers[name]
             initializer.const_value = onnx_ir.tensor(value.detach().cpu().numpy(), name=name)
-        optimizer.optimize_ir(model)
-        if self.opset is not None and self.opset != model.opset_imports.get(""):
-            version_converter.convert_version(model, self.opset, fallback=True)
-        model.metadata_props.update(self.metadata)
-        onnx_ir.save(model, path)
+        self.model.metadata_props.update(self.metadata)
+        write_file(self.model, path)
+
+
+@contextmanager
+def _as_inputs(model: Any, names: Iterable[str]) -> Iterator[None]:
+    """Hide the values of some initializers from the passes of the optimizer.
+
+    A gate that is folded away, or merged with another because both are 0, can never again be
+    opened in the file: what is behind it could not be proven.
+    """
+    held = {name: model.graph.initializers.pop(name) for name in names}
+    tensors = {name: value.const_value for name, value in held.items()}
+    for value in held.values():
+        value.const_value = None
+        model.graph.inputs.append(value)
+    try:
+        yield
+    finally:
+        # By name: a conversion to another opset leaves other objects in their places.
+        for value in [value for value in model.graph.inputs if value.name in tensors]:
+            model.graph.inputs.remove(value)
+            value.const_value = tensors[value.name]
+            model.graph.initializers[value.name] = value
 
 
 @register(".onnx")
@@ -115,18 +138,26 @@ class Onnx(Format):
 
     name = "onnx"
 
-    def draft(self, model: nn.Module, inputs: tuple[Tensor, ...], settings: Settings) -> Draft:
-        """Translate the network by torch.export and torch.onnx.
+    def check(self, settings: Settings) -> None:
+        """Refuse versions and opsets that cannot be written.
 
         Raises:
             BadOption: an opset that does not exist.
             MissingPackage: a version of onnxscript known to be wrong.
-            ExportRefused: torch.export cannot take the network, or not with free axes.
         """
         check_onnxscript()
         check_opset(settings.opset)
+
+    def draft(self, model: nn.Module, inputs: tuple[Tensor, ...], settings: Settings) -> Draft:
+        """Translate the network by torch.export and torch.onnx.
+
+        Raises:
+            ExportRefused: torch.export cannot take the network, or not with free axes.
+        """
+        self.check(settings)
         _check_bytes(model)
         exported = _export(model, inputs, settings.dynamic)
+        fold_norms(exported)
         names = ["input"] if len(inputs) == 1 else [f"input_{i}" for i in range(len(inputs))]
         try:
             program = torch.onnx.export(
@@ -134,63 +165,69 @@ class Onnx(Format):
             )
         except torch.onnx.errors.OnnxExporterError as error:
             raise ExportRefused(
-                f"{type(model).__name__} cannot be written as ONNX: {_first_line(error)}"
+                f"{type(model).__name__} cannot be written as ONNX: {_reason(error)}"
             ) from error
         assert program is not None  # it is only when a file name is given
         if settings.dynamic:
             _name_axes(program.model)
-        return _OnnxDraft(program, settings.opset, settings.metadata or {})
+        with _as_inputs(program.model, named_gates(model)):
+            _optimize(program.model, settings.opset)
+        return _OnnxDraft(program.model, settings.metadata or {})
 
-    def open(self, path: Path) -> Runner:
+    def open(self, path: Path, gates: Mapping[str, Tensor] | None = None) -> Opened:
         """Check the file and load it in ONNX Runtime on the CPU.
 
         Raises:
             BadFile: it is no valid ONNX file, or the installed runtime cannot read it.
         """
         import onnx
-        import onnxruntime
-        from onnxruntime.capi import onnxruntime_pybind11_state as state
 
+        file = read_file(path)
         try:
-            onnx.checker.check_model(str(path))
-            session = onnxruntime.InferenceSession(
-                str(path), _session_options(), providers=["CPUExecutionProvider"]
-            )
-        except (onnx.checker.ValidationError, state.Fail, state.InvalidGraph) as error:
+            onnx.checker.check_model(str(path), full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise BadFile(f"{path.name} is no ONNX file that can be run: {error}") from error
-        except (state.NotImplemented, state.InvalidArgument, state.InvalidProtobuf) as error:
-            raise BadFile(f"onnxruntime cannot read {path.name}: {_first_line(error)}") from error
-        names = [node.name for node in session.get_inputs()]
+        source = str(path) if gates is None else file.with_values(gates)
+        return Opened(
+            run=_runner(source, path.name), opset=file.opset, fixed_axes=tuple(file.fixed_axes)
+        )
 
-        def run(inputs: tuple[Tensor, ...]) -> list[Tensor]:
-            feed = {
-                name: part.detach().cpu().numpy() for name, part in zip(names, inputs, strict=True)
-            }
-            try:
-                return [torch.from_numpy(array) for array in session.run(None, feed)]
-            except (state.Fail, state.InvalidArgument, state.RuntimeException) as error:
-                raise RunFailed(_first_line(error)) from error
 
-        return run
+def _optimize(model: Any, opset: int | None) -> None:
+    from onnxscript import optimizer, version_converter
 
-    def opset(self, path: Path) -> int | None:
-        """Return the version of the default operator set."""
-        import onnx
+    optimizer.optimize_ir(model)
+    if opset is not None and opset != model.opset_imports.get(""):
+        version_converter.convert_version(model, opset, fallback=True)
 
-        model = onnx.load(str(path), load_external_data=False)
-        return next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), None)
 
-    def fixed_axes(self, path: Path) -> list[str]:
-        """Return the image axes of the inputs that the file fixes to a number."""
-        import onnx
+def _runner(source: str | bytes, name: str) -> Runner:
+    """Load a model, from a path or as bytes, in ONNX Runtime on the CPU.
 
-        model = onnx.load(str(path), load_external_data=False)
-        return [
-            f"{node.name}.{axis}"
-            for node in model.graph.input
-            for axis, dim in zip(AXES, node.type.tensor_type.shape.dim, strict=False)
-            if axis is not None and dim.HasField("dim_value")
-        ]
+    Raises:
+        BadFile: the installed runtime cannot read it.
+    """
+    import onnxruntime
+    from onnxruntime.capi import onnxruntime_pybind11_state as state
+
+    try:
+        session = onnxruntime.InferenceSession(
+            source, _session_options(), providers=["CPUExecutionProvider"]
+        )
+    except (state.Fail, state.InvalidGraph) as error:
+        raise BadFile(f"{name} is no ONNX file that can be run: {error}") from error
+    except (state.NotImplemented, state.InvalidArgument, state.InvalidProtobuf) as error:
+        raise BadFile(f"onnxruntime cannot read {name}: {_reason(error)}") from error
+    names = [node.name for node in session.get_inputs()]
+
+    def run(inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        feed = {name: part.detach().cpu().numpy() for name, part in zip(names, inputs, strict=True)}
+        try:
+            return [torch.from_numpy(array) for array in session.run(None, feed)]
+        except (state.Fail, state.InvalidArgument, state.RuntimeException) as error:
+            raise RunFailed(_reason(error)) from error
+
+    return run
 
 
 def _session_options() -> Any:
@@ -198,6 +235,7 @@ def _session_options() -> Any:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # warnings of its optimizer are no business of the user's
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # between the runs
     return options
 
 
@@ -217,7 +255,7 @@ def _export(
         except Exception as error:  # the exporter raises errors of a dozen unrelated classes
             remedy = "; give --static to fix batch, height and width" if dynamic else ""
             raise ExportRefused(
-                f"torch.export cannot take {type(model).__name__}: {_first_line(error)}{remedy}"
+                f"torch.export cannot take {type(model).__name__}: {_reason(error)}{remedy}"
             ) from error
 
 
@@ -247,7 +285,7 @@ def _name_axes(model: Any) -> None:
                 value.shape[i] = pattern.sub(lambda found: names[found.group()], dim.value)
 
 
-def _first_line(error: Exception) -> str:
+def _reason(error: Exception) -> str:
+    """Return the first line that says why: torch.export puts a heading with a colon before it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
-    return told or type(error).__name__
+    return " ".join(lines[:2]) if lines and lines[0].endswith(":") else first_line(error)

@@ -18,7 +18,7 @@ from attnsurgeon.borrow import (
     borrowed_values,
 )
 from attnsurgeon.errors import ExportRefused
-from attnsurgeon.export.format import RunFailed, Runner, leaves_on_cpu
+from attnsurgeon.export.format import RunFailed, Runner, leaves, leaves_on_cpu
 from attnsurgeon.gate import named_gates
 
 # Another engine sums in another order: in float32 that moves the largest output by some 1e-6 of
@@ -28,6 +28,8 @@ TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 2e-2, tor
 MIN_COSINE = 0.9999
 VISIBLE = 100
 """Opened gates must move the output by this many tolerances: what cannot be seen proves nothing."""
+NOTICED = 3
+"""Each gate, at the value of another, must move it by so many."""
 
 
 @dataclass(frozen=True)
@@ -96,29 +98,92 @@ def gate_values(model: nn.Module) -> dict[str, Tensor]:
 
 
 def opened_values(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
-    """Return a random opening for every gate, all different, that visibly changes the output.
+    """Return an opening for every gate, all different, of which each visibly moves the output.
 
-    Openings start in (0.25, 1) and grow tenfold until the output moves by VISIBLE tolerances: a
-    branch behind a tiny layer scale would otherwise hide whatever its attention computes.
+    Openings are spread over (0.25, 1) in random order. A gate whose place no other one could take
+    unnoticed stays; the others are opened tenfold until that holds: a branch behind a tiny layer
+    scale would otherwise hide whatever its attention computes. All together they must move the
+    output by VISIBLE tolerances.
 
     Raises:
-        ExportRefused: it never does, and a check of it would prove nothing.
+        ExportRefused: one never does, and a check of it would prove nothing.
     """
-    gates = named_gates(model)
-    with borrowed_randomness(1):
-        openings = {name: 0.25 + 0.75 * torch.rand(gate.shape) for name, gate in gates.items()}
+    openings = _spread(named_gates(model))
     reference = run_with_gates(model, gate_values(model), inputs)
     tolerance = TOLERANCES[reference[0].dtype]
     for _ in range(7):
         opened = run_with_gates(model, openings, inputs)
-        max_rel = compare_outputs(reference, opened, tolerance)[1]
-        if max_rel > VISIBLE * tolerance:
+        moved = compare_outputs(reference, opened, tolerance)[1]
+        if not moved > VISIBLE * tolerance:
+            hidden = list(openings)
+        else:
+            shifts = _shifts(model, openings, inputs)
+            hidden = [name for name, shift in shifts.items() if not shift > NOTICED * tolerance]
+        if not hidden:
             return openings
-        openings = {name: 10 * value for name, value in openings.items()}
+        openings |= {name: 10 * openings[name] for name in hidden}
     raise ExportRefused(
-        f"opening the gates of {type(model).__name__} moves no output visibly: what is behind them "
-        "cannot be checked; nothing was kept; give weights with which the attention counts"
+        f"opening the gate {hidden[0]} of {type(model).__name__} moves no output visibly: what is "
+        "behind it cannot be checked; nothing was kept; give weights with which the attention "
+        "counts"
     )
+
+
+def _spread(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return evenly spaced values in (0.25, 1), shuffled."""
+    step = 0.75 / max(len(gates), 1)
+    with borrowed_randomness(1):
+        places = torch.randperm(len(gates)).tolist()
+        return {
+            name: 0.25 + step * (place + 0.25 + 0.5 * torch.rand(gate.shape))
+            for place, (name, gate) in zip(places, gates.items(), strict=True)
+        }
+
+
+def _shifts(
+    model: nn.Module, openings: Mapping[str, Tensor], inputs: tuple[Tensor, ...]
+) -> dict[str, float]:
+    """Return how far the output moves, over its largest element, where a gate is wired wrongly.
+
+    It is the least that any other gate's value, or none at all, makes in its place: to first
+    order, from the gradient of the output's elements added up with random signs, whose square is
+    on average that of the root of the mean square.
+    """
+    gates = named_gates(model)
+    with gates_at(model, openings), borrowed_buffers(model), borrowed_numerics():
+        for gate in gates.values():
+            gate.requires_grad_(True)
+        with torch.enable_grad():
+            outputs = [leaf for leaf in leaves(model(*inputs)) if leaf.requires_grad]
+            largest = max((leaf.abs().max().item() for leaf in outputs), default=0.0)
+            slopes = _slopes(outputs, list(gates.values()))
+    values = [0.0, *(value.mean().item() for value in openings.values())]
+    return {
+        name: slope * _distance(openings[name].mean().item(), values) / (largest or 1.0)
+        for name, slope in zip(gates, slopes, strict=True)
+    }
+
+
+def _distance(value: float, others: list[float]) -> float:
+    """Return how far the nearest other value is."""
+    return min(abs(value - other) for other in others if other != value)
+
+
+def _slopes(outputs: list[Tensor], gates: list[nn.Parameter]) -> list[float]:
+    """Return by how much an output element moves per opening of each gate, as root mean square."""
+    if not outputs:
+        return [0.0] * len(gates)
+    count = sum(leaf.numel() for leaf in outputs)
+    slopes = [0.0] * len(gates)
+    for seed in range(2):  # by chance one sum of signs may miss a gate, two hardly
+        with borrowed_randomness(seed):
+            signs = [torch.randn(leaf.shape).sign().to(leaf) for leaf in outputs]
+        found = torch.autograd.grad(outputs, gates, signs, retain_graph=True, allow_unused=True)
+        slopes = [
+            max(slope, 0.0 if grad is None else grad.abs().max().item() / count**0.5)
+            for slope, grad in zip(slopes, found, strict=True)
+        ]
+    return slopes
 
 
 def run_with_gates(

@@ -17,6 +17,7 @@ from attnsurgeon.errors import BadFile, ExportRefused
 from attnsurgeon.export.format import (
     Draft,
     Format,
+    Opened,
     RunFailed,
     Runner,
     Settings,
@@ -81,9 +82,7 @@ class _ScriptDraft(Draft):
             torch.jit.save(self.scripted, memory)
             memory.seek(0)
             twin = torch.jit.load(memory)
-            parameters = dict(twin.named_parameters())
-            for name, value in gates.items():
-                parameters[name].copy_(value)
+            _set(twin, gates)
             written = io.BytesIO()
             torch.jit.save(twin, written, _extra_files=self.metadata)
         # Written by Python: on a full disk torch.jit.save would end the whole process.
@@ -96,35 +95,54 @@ class TorchScript(Format):
 
     name = "torchscript"
 
+    def check(self, settings: Settings) -> None:
+        """Refuse settings of other formats.
+
+        Raises:
+            ExportRefused: an opset was asked for.
+        """
+        if settings.opset is not None:
+            raise ExportRefused("--opset is for .onnx; a .pt file has none")
+
     def draft(self, model: nn.Module, inputs: tuple[Tensor, ...], settings: Settings) -> Draft:
         """Script or trace the network.
 
         Raises:
-            ExportRefused: neither works, or an opset was asked for.
+            ExportRefused: neither works.
         """
-        if settings.opset is not None:
-            raise ExportRefused("--opset is for .onnx; a .pt file has none")
+        self.check(settings)
         scripted, is_scripted = _make(model, inputs)
         if not is_scripted and settings.dynamic:
             scripted = _trace_checked(model, inputs, scripted)
         return _ScriptDraft(scripted, is_scripted, settings.metadata or {})
 
-    def open(self, path: Path) -> Runner:
+    def open(self, path: Path, gates: Mapping[str, Tensor] | None = None) -> Opened:
         """Load the file.
 
         Raises:
             BadFile: it is not TorchScript.
         """
         module = load_torchscript(path)[0]
+        _set(module, gates or {})
+        return Opened(_runner(module))
 
-        def run(inputs: tuple[Tensor, ...]) -> list[Tensor]:
-            with _quiet(), torch.no_grad():
-                try:
-                    return leaves_on_cpu(module(*(part.cpu() for part in inputs)))
-                except RuntimeError as error:
-                    raise RunFailed(str(error).strip().splitlines()[-1]) from error
 
-        return run
+def _set(module: torch.jit.ScriptModule, gates: Mapping[str, Tensor]) -> None:
+    parameters = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, value in gates.items():
+            parameters[name].copy_(value)
+
+
+def _runner(module: torch.jit.ScriptModule) -> Runner:
+    def run(inputs: tuple[Tensor, ...]) -> list[Tensor]:
+        with _quiet(), torch.no_grad():
+            try:
+                return leaves_on_cpu(module(*(part.cpu() for part in inputs)))
+            except RuntimeError as error:
+                raise RunFailed(str(error).strip().splitlines()[-1]) from error
+
+    return run
 
 
 def load_torchscript(
