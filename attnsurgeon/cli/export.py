@@ -28,6 +28,10 @@ def export(
     file: Annotated[str, typer.Argument(help="A file of attnsurgeon, or a model name.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="A .onnx or .pt file to write.")],
     opset: Annotated[int | None, typer.Option(help="ONNX operator set; 20 by default.")] = None,
+    exporter: Annotated[
+        str,
+        typer.Option(help="Of .onnx: dynamo, torchscript, or auto (dynamo if it can)."),
+    ] = "auto",
     input_size: Annotated[
         str | None, typer.Option(help="H or H,W in pixels; the network's own by default.")
     ] = None,
@@ -54,13 +58,20 @@ def export(
     from attnsurgeon.outputs import check_output
     from attnsurgeon.report.artifact import show_artifact
 
-    format_for(output).check(Settings(opset=opset, dynamic=not static))
+    format_for(output).check(Settings(opset=opset, dynamic=not static, exporter=exporter))
     check_output(output, force=force)
     size = read_size(input_size)
     tell(f"loading {file}")
     model = open_model(file, weights=weights, checkpoint=checkpoint)
     artifact = export_model(
-        model, output, opset=opset, input_size=size, static=static, force=force, progress=tell
+        model,
+        output,
+        opset=opset,
+        exporter=exporter,
+        input_size=size,
+        static=static,
+        force=force,
+        progress=tell,
     )
     for notice in artifact.notices:
         tell(notice)

@@ -9,32 +9,18 @@ import importlib
 import json
 import os
 import pkgutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from attnsurgeon.borrow import borrowed_randomness
 from attnsurgeon.card import HostCard, card_of
-from attnsurgeon.errors import BadOption, ExportDiffers, HostUnusable
-from attnsurgeon.export.format import (
-    Draft,
-    Format,
-    Opened,
-    Runner,
-    Settings,
-    format_for,
-    formats,
-)
-from attnsurgeon.export.proof import Check, check_file, gate_values, opened_values
-from attnsurgeon.observe import runs_on
+from attnsurgeon.export.format import Settings, format_for, formats
+from attnsurgeon.export.inputs import Inputs, example_inputs, resized, size_of, trials
+from attnsurgeon.export.proof import Check, gate_values
+from attnsurgeon.export.prove import prove
 from attnsurgeon.outputs import atomic_output
-from attnsurgeon.sites import default_example
 from attnsurgeon.store import make_recipe
 from attnsurgeon.surgery import cuts_of
 
@@ -42,10 +28,6 @@ __all__ = ["Artifact", "Check", "export_model", "export_suffixes"]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
-
-
-LARGEST_SIDE = 2**14
-"""Pixels of an input's side: what is exported is run as well, and has to fit into memory."""
 
 
 @dataclass(frozen=True)
@@ -94,7 +76,8 @@ def export_model(
     opset: int | None = None,
     input_size: tuple[int, int] | None = None,
     static: bool = False,
-    example: Tensor | None = None,
+    exporter: str = "auto",
+    example: Any = None,
     force: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Artifact:
@@ -105,12 +88,15 @@ def export_model(
     1, 2 and 5 and at another size.
 
     Args:
-        model: any network that takes one image batch; it is left untouched.
+        model: any network; it is left untouched.
         output: the file; its suffix chooses the format.
         opset: of an ONNX file; the exporter's own choice by default.
         input_size: height and width; those of the host by default.
         static: fix batch (1), height and width, for networks that cannot do otherwise.
-        example: an image batch that gives channels, dtype and size instead.
+        exporter: of an ONNX file: dynamo, torchscript, or auto, which takes the second where
+            torch.export refuses the network.
+        example: an image batch that gives channels, dtype and size instead; or a tuple of
+            inputs, or a list of images for a network that takes lists.
         force: replace an existing file.
         progress: is told what is being done.
 
@@ -122,156 +108,35 @@ def export_model(
         ExportDiffers: the file does not compute what the model computes; it is removed.
     """
     kind = format_for(output)
-    kind.check(Settings(opset=opset, dynamic=not static))
-    image = _image(model, example, input_size)
-    settings = Settings(opset=opset, dynamic=not static, metadata=_metadata(model, image))
+    settings = Settings(opset=opset, dynamic=not static, exporter=exporter)
+    kind.check(settings)
+    inputs = example_inputs(model, example, input_size)
+    metadata = _metadata(model, inputs)
     with atomic_output(output, force=force) as part:
         progress(f"translating to {kind.name}")
-        draft = kind.draft(model, (_random(image, 1 if static else 2),), settings)
-        batches = _batches(model, image, static)
+        pair = resized(inputs, 1 if static else 2, size_of(inputs))  # 1 would be a constant
+        draft = kind.draft(model, pair, settings, metadata)
+        batches = trials(model, inputs, static=static)
         draft.write(part, gate_values(model))
         notices, size = draft.notices, part.stat().st_size
         twin = draft if kind.folds_gates else None
         del draft  # its weights need not stand in memory beside those that are read
-        checks, written = _prove(kind, twin, part, model, batches, settings, progress)
+        proof = prove(kind, twin, part, model, batches, settings, progress)
     return Artifact(
         output=str(output),
         format=kind.name,
         bytes=size,
-        opset=written,
+        opset=proof.opset,
         dynamic=not static,
-        checks=tuple(checks),
-        notices=notices,
+        checks=proof.checks,
+        notices=(*notices, *proof.notices),
     )
 
 
-def _prove(
-    kind: Format,
-    twin: Draft | None,
-    part: Path,
-    model: nn.Module,
-    batches: list[Tensor],
-    settings: Settings,
-    progress: Callable[[str], None],
-) -> tuple[list[Check], int | None]:
-    """Compare the written file with the model, as it is and with its gates opened.
-
-    Returns:
-        Every comparison, and the file's opset.
-
-    Raises:
-        ExportDiffers: one comparison failed.
-    """
-    own = gate_values(model)
-    label = "open" if any(bool(value.any()) for value in own.values()) else "closed"
-    progress("checking it from disk, gates as they are")
-    written = kind.open(part)
-    _check_header(written, settings)
-    checks = check_file(written.run, model, own, label, batches)
-    opset = written.opset
-    if own:
-        progress("checking it from disk, gates open")
-        opened = opened_values(model, (min(batches, key=Tensor.numel),))
-        del written
-        with _opened_file(kind, twin, part, opened) as run:
-            checks += check_file(run, model, opened, "open", batches)
-    for check in checks:
-        if not check.passed:
-            raise ExportDiffers(
-                f"the {kind.name} file differs from the model with gates {check.gates}, batch "
-                f"{check.batch}, {check.size[0]}x{check.size[1]} px: max_rel {check.max_rel:.2g}, "
-                f"cosine {check.cosine:.4f}; nothing was kept"
-            )
-    return checks, opset
-
-
-def _check_header(written: Opened, settings: Settings) -> None:
-    """Refuse a file that says it is not what was asked for.
-
-    Raises:
-        ExportDiffers: an axis that should be free came out fixed.
-        BadOption: it has another opset.
-    """
-    if settings.dynamic and written.fixed_axes:
-        raise ExportDiffers(
-            f"{', '.join(written.fixed_axes)} came out fixed; nothing was kept; "
-            "give --static if that is what you want"
-        )
-    if settings.opset not in (None, written.opset):
-        raise BadOption(
-            f"--opset {settings.opset} cannot be written: the exporter made {written.opset}"
-        )
-
-
-@contextmanager
-def _opened_file(
-    kind: Format, twin: Draft | None, part: Path, gates: Mapping[str, Tensor]
-) -> Iterator[Runner]:
-    """Yield what runs the file with these gates, or its twin where its own are out of reach."""
-    if twin is None:
-        yield kind.open(part, gates).run
-        return
-    with tempfile.TemporaryDirectory(prefix="attnsurgeon-") as folder:
-        path = Path(folder) / "opened"
-        twin.write(path, gates)
-        yield kind.open(path).run
-
-
-def _image(model: nn.Module, example: Tensor | None, size: tuple[int, int] | None) -> Tensor:
-    """Return one image that the network takes, of the size asked for.
-
-    Raises:
-        BadOption: a size below 1.
-        HostUnusable: the network does not run at this size.
-    """
-    card = card_of(model)
-    if example is None:
-        like = next(iter(model.parameters()), torch.empty(0))
-        known = card.example(like) if card else (default_example(model),)
-        if len(known) != 1 or known[0].ndim != 4:
-            raise HostUnusable("only networks that take one image batch can be exported")
-        example = known[0]
-    image = example[:1]
-    if size is not None:
-        if not 1 <= min(size) <= max(size) <= LARGEST_SIDE:
-            raise BadOption(f"--input-size must be 1 to {LARGEST_SIDE}, not {size[0]},{size[1]}")
-        image = image.new_zeros(1, image.shape[1], *size)
-    if not runs_on(model, (image.expand(2, -1, -1, -1),)):
-        height, width = image.shape[2:]
-        raise HostUnusable(
-            f"{type(model).__name__} does not run on {height}x{width} images; "
-            "give another --input-size"
-        )
-    return image
-
-
-def _batches(model: nn.Module, image: Tensor, static: bool) -> list[Tensor]:
-    """Return what both sides are run on: the size asked for, then other batches and sizes."""
-    if static:
-        return [_random(image, 1)]
-    height, width = image.shape[2:]
-    small = next(
-        size
-        for size in ((64, 96), (height + 32, width), (height, width))
-        if runs_on(model, (image.new_empty(2, image.shape[1], *size),))
-    )
-    # Exactness of another batch does not depend on the size, and a small image is soon done.
-    return [
-        _random(image, 1),
-        _random(image.new_empty(1, image.shape[1], *small), 2),
-        _random(image.new_empty(1, image.shape[1], *small), 5),
-    ]
-
-
-def _random(image: Tensor, batch: int) -> Tensor:
-    with borrowed_randomness(batch):
-        return torch.randn(batch, *image.shape[1:]).to(image.device, image.dtype)
-
-
-def _metadata(model: nn.Module, image: Tensor) -> dict[str, str]:
+def _metadata(model: nn.Module, inputs: Inputs) -> dict[str, str]:
     """Return what a deployer needs beside the graph: recipe, classes, normalisation."""
     card: HostCard | None = card_of(model)
-    metadata = {"input_size": json.dumps(list(image.shape[2:]))}
+    metadata = {"input_size": json.dumps(list(size_of(inputs)))}
     if cuts_of(model):
         metadata["attnsurgeon"] = make_recipe(model).dumps()
     if card is not None and card.categories:

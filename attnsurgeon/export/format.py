@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from attnsurgeon.errors import UnknownName
+from attnsurgeon.export.inputs import Inputs
 from attnsurgeon.registry import Registry
 
-Runner = Callable[[tuple[Tensor, ...]], list[Tensor]]
+Runner = Callable[[Inputs], list[Tensor]]
 """Runs a written file: inputs -> the leaves of its outputs, on the CPU; may raise RunFailed."""
 
 
@@ -36,7 +37,7 @@ class Opened:
     opset: int | None = None
     fixed_axes: tuple[str, ...] = ()
 
-    def __call__(self, inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    def __call__(self, inputs: Inputs) -> list[Tensor]:
         """Run the file."""
         return self.run(inputs)
 
@@ -47,7 +48,7 @@ class Settings:
 
     opset: int | None = None
     dynamic: bool = True
-    metadata: Mapping[str, str] | None = None
+    exporter: str = "auto"
 
 
 class Draft(ABC):
@@ -77,7 +78,9 @@ class Format(ABC):
         """
 
     @abstractmethod
-    def draft(self, model: nn.Module, inputs: tuple[Tensor, ...], settings: Settings) -> Draft:
+    def draft(
+        self, model: nn.Module, inputs: Inputs, settings: Settings, metadata: Mapping[str, str]
+    ) -> Draft:
         """Translate a network in eval mode.
 
         Raises:

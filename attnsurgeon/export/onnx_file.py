@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 
 from attnsurgeon.errors import BadFile
+from attnsurgeon.export.inputs import free_axes
 
 if TYPE_CHECKING:
     import onnx
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 _GRAPH, _INITIALIZER = 7, 5
 _TENSOR_NAME, _TENSOR_RAW = 8, 9
 _VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5
-_AXES = ("batch", None, "height", "width")
 
 
 def write_file(model: Any, path: Path) -> None:
@@ -89,8 +89,9 @@ class OnnxFile:
         return [
             f"{node.name}.{axis}"
             for node in self.header.graph.input
-            for axis, dim in zip(_AXES, node.type.tensor_type.shape.dim, strict=False)
-            if axis is not None and dim.HasField("dim_value")
+            for dims in [node.type.tensor_type.shape.dim]
+            for i, axis in free_axes(len(dims)).items()
+            if dims[i].HasField("dim_value")
         ]
 
     def with_values(self, values: Mapping[str, Tensor]) -> bytes:

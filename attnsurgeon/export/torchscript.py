@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from attnsurgeon.borrow import borrowed_modes
 from attnsurgeon.errors import BadFile, ExportRefused
@@ -24,6 +25,7 @@ from attnsurgeon.export.format import (
     leaves_on_cpu,
     register,
 )
+from attnsurgeon.export.inputs import Inputs, resized, size_of
 
 NOTICE = (
     "TorchScript is deprecated as of torch 2.11: the file runs where torch.jit still is; "
@@ -41,7 +43,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def make_torchscript(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.jit.ScriptModule:
+def make_torchscript(model: nn.Module, inputs: Inputs) -> torch.jit.ScriptModule:
     """Return the network in eval mode as TorchScript, scripted where possible, else traced.
 
     Raises:
@@ -50,7 +52,7 @@ def make_torchscript(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.jit.
     return _make(model, inputs)[0]
 
 
-def _make(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[torch.jit.ScriptModule, bool]:
+def _make(model: nn.Module, inputs: Inputs) -> tuple[torch.jit.ScriptModule, bool]:
     with _quiet(), torch.no_grad(), borrowed_modes(model):
         model.eval()
         try:
@@ -58,7 +60,7 @@ def _make(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[torch.jit.Scrip
         except Exception:  # whatever the compiler cannot take is tried by tracing
             pass
         try:
-            return torch.jit.trace(model, inputs, check_trace=False), False
+            return torch.jit.trace(model, inputs, check_trace=False, strict=False), False
         except Exception as error:
             first = str(error).strip().splitlines()[0]
             raise ExportRefused(
@@ -99,12 +101,16 @@ class TorchScript(Format):
         """Refuse settings of other formats.
 
         Raises:
-            ExportRefused: an opset was asked for.
+            ExportRefused: an opset or an exporter was asked for.
         """
         if settings.opset is not None:
             raise ExportRefused("--opset is for .onnx; a .pt file has none")
+        if settings.exporter != "auto":
+            raise ExportRefused("--exporter is for .onnx; a .pt file has one way only")
 
-    def draft(self, model: nn.Module, inputs: tuple[Tensor, ...], settings: Settings) -> Draft:
+    def draft(
+        self, model: nn.Module, inputs: Inputs, settings: Settings, metadata: Mapping[str, str]
+    ) -> Draft:
         """Script or trace the network.
 
         Raises:
@@ -114,7 +120,7 @@ class TorchScript(Format):
         scripted, is_scripted = _make(model, inputs)
         if not is_scripted and settings.dynamic:
             scripted = _trace_checked(model, inputs, scripted)
-        return _ScriptDraft(scripted, is_scripted, settings.metadata or {})
+        return _ScriptDraft(scripted, is_scripted, metadata)
 
     def open(self, path: Path, gates: Mapping[str, Tensor] | None = None) -> Opened:
         """Load the file.
@@ -135,14 +141,19 @@ def _set(module: torch.jit.ScriptModule, gates: Mapping[str, Tensor]) -> None:
 
 
 def _runner(module: torch.jit.ScriptModule) -> Runner:
-    def run(inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    def run(inputs: Inputs) -> list[Tensor]:
         with _quiet(), torch.no_grad():
             try:
-                return leaves_on_cpu(module(*(part.cpu() for part in inputs)))
+                return leaves_on_cpu(module(*_on_cpu(inputs)))
             except RuntimeError as error:
                 raise RunFailed(str(error).strip().splitlines()[-1]) from error
 
     return run
+
+
+def _on_cpu(inputs: Inputs) -> Inputs:
+    moved: Inputs = tree_map_only(Tensor, lambda part: part.cpu(), inputs)
+    return moved
 
 
 def load_torchscript(
@@ -166,14 +177,14 @@ def load_torchscript(
 
 
 def _trace_checked(
-    model: nn.Module, inputs: tuple[Tensor, ...], traced: torch.jit.ScriptModule
+    model: nn.Module, inputs: Inputs, traced: torch.jit.ScriptModule
 ) -> torch.jit.ScriptModule:
     """Return the trace if it takes another batch size; sizes baked in are refused here.
 
     Raises:
         ExportRefused: the trace is fixed to the batch that it was made with.
     """
-    other = tuple(torch.cat([part, part[:1]]) for part in inputs)
+    other = resized(inputs, 3, size_of(inputs))
     try:
         with _quiet(), torch.no_grad(), borrowed_modes(model):
             model.eval()
