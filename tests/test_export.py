@@ -10,6 +10,7 @@ from torch import nn
 
 import attnsurgeon
 from attnsurgeon.errors import (
+    BadFile,
     BadOption,
     ExportDiffers,
     ExportRefused,
@@ -21,11 +22,12 @@ from attnsurgeon.export import onnx as onnx_format
 from attnsurgeon.export import onnx_runtime
 from attnsurgeon.export.format import format_for
 from attnsurgeon.export.onnx_runtime import newest_ir, newest_opset
+from attnsurgeon.export.torchscript import load_torchscript
 from attnsurgeon.host import load_host
 from attnsurgeon.recipe import Recipe
 from tests import exports
 
-SUFFIXES = [".onnx", ".pt"]
+SUFFIXES = [".onnx", ".pt", ".pt2"]
 
 
 @pytest.fixture(scope="module")
@@ -158,9 +160,19 @@ class TestRefused:
         with pytest.raises(UnknownName, match="did you mean 'torchscript'"):
             attnsurgeon.export_model(operated, tmp_path / "x.onnx", exporter="torchscrip")
 
-    def test_exporter_of_torchscript(self, operated, tmp_path):
-        with pytest.raises(ExportRefused, match="--exporter is for .onnx"):
-            attnsurgeon.export_model(operated, tmp_path / "x.pt", exporter="dynamo")
+    @pytest.mark.parametrize(
+        ("suffix", "setting", "says"),
+        [
+            (".pt", {"exporter": "dynamo"}, "--exporter is for .onnx"),
+            (".pt2", {"exporter": "dynamo"}, "--exporter is for .onnx"),
+            (".pt2", {"opset": 18}, "--opset is for .onnx; a .pt2 file has none"),
+            (".pt2", {"optimize": True}, "--optimize freezes TorchScript"),
+            (".onnx", {"optimize": True}, "--optimize freezes TorchScript"),
+        ],
+    )
+    def test_settings_of_another_format(self, operated, tmp_path, suffix, setting, says):
+        with pytest.raises(ExportRefused, match=says):
+            attnsurgeon.export_model(operated, tmp_path / f"x{suffix}", **setting)
 
     def test_opset_of_torchscript(self, operated, tmp_path):
         with pytest.raises(ExportRefused, match="--opset is for .onnx"):
@@ -278,3 +290,50 @@ def test_several_inputs(tmp_path):
     for suffix in SUFFIXES:
         artifact = attnsurgeon.export_model(Pair().eval(), tmp_path / f"x{suffix}", example=example)
         assert [check.batch for check in artifact.checks] == [1, 2, 5]
+
+
+WEIGHT = "blocks.0.attention_post.excite.weight"
+
+
+class TestFrozen:
+    def test_weights_are_constants(self, operated, tmp_path):
+        artifact = attnsurgeon.export_model(operated, tmp_path / "x.pt", optimize=True)
+        module, _ = load_torchscript(tmp_path / "x.pt")
+        assert not list(module.parameters())
+        assert "batch_norm" not in str(module.inlined_graph)
+        assert str(module.inlined_graph).count("aten::sigmoid") == 3  # attention stays at gate 0
+        assert {check.gates for check in artifact.checks} == {"closed", "open"}
+
+    def test_broken_attention_is_caught(self, operated, tmp_path, monkeypatch):
+        """A frozen file's gates are out of reach: its twin shows what is behind them."""
+        freeze = torch.jit.freeze
+
+        def spoiled(module):
+            with torch.no_grad():
+                dict(module.named_parameters())[WEIGHT].zero_()
+            return freeze(module)
+
+        monkeypatch.setattr(torch.jit, "freeze", spoiled)
+        with pytest.raises(ExportDiffers, match="gates open"):
+            attnsurgeon.export_model(operated, tmp_path / "x.pt", optimize=True)
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestProgram:
+    def test_it_holds_the_metadata(self, operated, tmp_path):
+        attnsurgeon.export_model(operated, tmp_path / "x.pt2")
+        notes = {"attnsurgeon": "", "input_size": ""}
+        torch.export.load(tmp_path / "x.pt2", extra_files=notes)
+        assert json.loads(notes["input_size"]) == [32, 32]
+        assert len(Recipe.loads(notes["attnsurgeon"], "x.pt2").cuts) == 3
+
+    def test_static_axes(self, operated, tmp_path):
+        artifact = attnsurgeon.export_model(operated, tmp_path / "x.pt2", static=True)
+        assert len(artifact.checks) == 2
+        fixed = format_for("x.pt2").open(tmp_path / "x.pt2").fixed_axes
+        assert fixed == ("x.batch", "x.height", "x.width")
+
+    def test_no_program(self, tmp_path):
+        (tmp_path / "x.pt2").write_bytes(b"no zip file")
+        with pytest.raises(BadFile, match=r"x\.pt2 is no program"):
+            format_for("x.pt2").open(tmp_path / "x.pt2")

@@ -13,25 +13,29 @@ EXAMPLES = """\b
 Examples:
   attnsurgeon export resnet50_se.safetensors -o resnet50_se.onnx
   attnsurgeon export resnet50_se.safetensors -o resnet50_se.pt --input-size 320,256
+  attnsurgeon export resnet50_se.safetensors -o resnet50_se.pt2 --static
   attnsurgeon export resnet50_se.safetensors --checkpoint trained.pth -o trained.onnx --opset 18
 """
 
 
 def add_to(app: typer.Typer) -> None:
     """Enter the command."""
-    app.command("export", short_help="Write ONNX or TorchScript, proven equal.", epilog=EXAMPLES)(
+    app.command("export", short_help="Write ONNX, TorchScript or torch.export.", epilog=EXAMPLES)(
         export
     )
 
 
 def export(
     file: Annotated[str, typer.Argument(help="A file of attnsurgeon, or a model name.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="A .onnx or .pt file to write.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A .onnx, .pt or .pt2 file.")],
     opset: Annotated[int | None, typer.Option(help="ONNX operator set; 20 by default.")] = None,
     exporter: Annotated[
         str,
         typer.Option(help="Of .onnx: dynamo, torchscript, or auto (dynamo if it can)."),
     ] = "auto",
+    optimize: Annotated[
+        bool, typer.Option("--optimize", help="Freeze a .pt file: weights become constants.")
+    ] = False,
     input_size: Annotated[
         str | None, typer.Option(help="H or H,W in pixels; the network's own by default.")
     ] = None,
@@ -47,7 +51,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Export to ONNX or TorchScript, re-open the file and compare it with the model.
+    """Export to ONNX, TorchScript or torch.export, re-open the file and compare it with the model.
 
     The comparison runs with the gates as they are and with every gate opened at random, at
     batch 1, 2 and 5 and another input size. A file that differs is not kept (exit 4).
@@ -58,7 +62,9 @@ def export(
     from attnsurgeon.outputs import check_output
     from attnsurgeon.report.artifact import show_artifact
 
-    format_for(output).check(Settings(opset=opset, dynamic=not static, exporter=exporter))
+    format_for(output).check(
+        Settings(opset=opset, dynamic=not static, exporter=exporter, optimize=optimize)
+    )
     check_output(output, force=force)
     size = read_size(input_size)
     tell(f"loading {file}")
@@ -68,6 +74,7 @@ def export(
         output,
         opset=opset,
         exporter=exporter,
+        optimize=optimize,
         input_size=size,
         static=static,
         force=force,

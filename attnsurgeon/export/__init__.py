@@ -36,7 +36,7 @@ class Artifact:
 
     Attributes:
         output: its path.
-        format: onnx or torchscript.
+        format: onnx, torchscript or torch.export.
         bytes: its size.
         opset: of an ONNX file.
         dynamic: whether batch, height and width are free.
@@ -77,11 +77,12 @@ def export_model(
     input_size: tuple[int, int] | None = None,
     static: bool = False,
     exporter: str = "auto",
+    optimize: bool = False,
     example: Any = None,
     force: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Artifact:
-    """Write a network to `.onnx` or `.pt`, re-open the file and compare it with the model.
+    """Write a network to `.onnx`, `.pt` or `.pt2`, re-open the file and compare it with the model.
 
     The comparison runs with the gates as they are and with every gate open at a value of its own
     (in the file itself, or where a format folds them, in a twin made by the same passes); at batch
@@ -95,6 +96,7 @@ def export_model(
         static: fix batch (1), height and width, for networks that cannot do otherwise.
         exporter: of an ONNX file: dynamo, torchscript, or auto, which takes the second where
             torch.export refuses the network.
+        optimize: freeze a TorchScript file: its weights become constants, its norms are folded.
         example: an image batch that gives channels, dtype and size instead; or a tuple of
             inputs, or a list of images for a network that takes lists.
         force: replace an existing file.
@@ -108,7 +110,7 @@ def export_model(
         ExportDiffers: the file does not compute what the model computes; it is removed.
     """
     kind = format_for(output)
-    settings = Settings(opset=opset, dynamic=not static, exporter=exporter)
+    settings = Settings(opset=opset, dynamic=not static, exporter=exporter, optimize=optimize)
     kind.check(settings)
     inputs = example_inputs(model, example, input_size)
     metadata = _metadata(model, inputs)
@@ -119,7 +121,7 @@ def export_model(
         batches = trials(model, inputs, static=static)
         draft.write(part, gate_values(model))
         notices, size = draft.notices, part.stat().st_size
-        twin = draft if kind.folds_gates else None
+        twin = draft if draft.folds_gates else None
         del draft  # its weights need not stand in memory beside those that are read
         proof = prove(kind, twin, part, model, batches, settings, progress)
     return Artifact(

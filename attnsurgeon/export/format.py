@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from attnsurgeon.errors import UnknownName
+from attnsurgeon.errors import ExportRefused, UnknownName
 from attnsurgeon.export.inputs import Inputs
 from attnsurgeon.registry import Registry
 
@@ -49,12 +49,37 @@ class Settings:
     opset: int | None = None
     dynamic: bool = True
     exporter: str = "auto"
+    optimize: bool = False
+
+
+def refuse_onnx_settings(settings: Settings, suffix: str) -> None:
+    """Refuse what only an ONNX file has.
+
+    Raises:
+        ExportRefused: an opset or an exporter was asked for.
+    """
+    if settings.opset is not None:
+        raise ExportRefused(f"--opset is for .onnx; a {suffix} file has none")
+    if settings.exporter != "auto":
+        raise ExportRefused(f"--exporter is for .onnx; a {suffix} file has one way only")
+
+
+def refuse_optimize(settings: Settings, suffix: str) -> None:
+    """Refuse to freeze what is not TorchScript.
+
+    Raises:
+        ExportRefused: freezing was asked for.
+    """
+    if settings.optimize:
+        raise ExportRefused(f"--optimize freezes TorchScript; a {suffix} file cannot be frozen")
 
 
 class Draft(ABC):
     """A network translated once, which can be written with its gates at any values."""
 
     notices: tuple[str, ...] = ()
+    folds_gates: bool = False
+    """Whether the gates of a written file are out of reach; a twin then proves what is behind."""
 
     @abstractmethod
     def write(self, path: Path, gates: Mapping[str, Tensor]) -> None:
@@ -65,8 +90,6 @@ class Format(ABC):
     """One export format; a subclass per file in this folder, registered under its suffix."""
 
     name: ClassVar[str]
-    folds_gates: ClassVar[bool] = False
-    """Whether the gates of a written file are out of reach; a twin then proves what is behind."""
 
     @abstractmethod
     def check(self, settings: Settings) -> None:
@@ -93,7 +116,7 @@ class Format(ABC):
 
         Args:
             path: the file, which is left as it is.
-            gates: values for its gates in place of its own, unless the format folds them.
+            gates: values for its gates in place of its own, unless the draft folded them.
 
         Raises:
             BadFile: it cannot be run, or has no such gates.

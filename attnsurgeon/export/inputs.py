@@ -34,6 +34,12 @@ def tensors_of(inputs: Inputs) -> list[Tensor]:
     return [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
 
 
+def on_cpu(inputs: Inputs) -> Inputs:
+    """Return the same inputs in the memory of the CPU."""
+    moved: Inputs = tree_map_only(Tensor, lambda part: part.cpu(), inputs)
+    return moved
+
+
 def batch_of(inputs: Inputs) -> int:
     """Return the number of images."""
     first = inputs[0]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attnsurgeon.errors import BadFile, BadOption, ExportRefused, MissingPackage, UnknownName
 from attnsurgeon.export import onnx_dynamo, onnx_traced
-from attnsurgeon.export.format import Draft, Format, Opened, Settings, register
+from attnsurgeon.export.format import Draft, Format, Opened, Settings, refuse_optimize, register
 from attnsurgeon.export.inputs import Inputs
 from attnsurgeon.export.onnx_file import read_file, write_file
 from attnsurgeon.export.onnx_runtime import newest_ir, newest_opset, runner
@@ -143,11 +143,13 @@ class Onnx(Format):
 
         Raises:
             UnknownName: no exporter is called so.
+            ExportRefused: freezing was asked for.
             BadOption: an opset that cannot be written or read.
             MissingPackage: a version of onnxscript known to be wrong.
         """
         if settings.exporter not in EXPORTERS:
             raise UnknownName("exporter", settings.exporter, EXPORTERS)
+        refuse_optimize(settings, ".onnx")
         check_onnxscript()
         check_opset(settings.opset, settings.exporter)
 

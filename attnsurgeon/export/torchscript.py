@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from attnsurgeon.borrow import borrowed_modes
 from attnsurgeon.errors import BadFile, ExportRefused
@@ -23,9 +22,10 @@ from attnsurgeon.export.format import (
     Runner,
     Settings,
     leaves_on_cpu,
+    refuse_onnx_settings,
     register,
 )
-from attnsurgeon.export.inputs import Inputs, resized, size_of
+from attnsurgeon.export.inputs import Inputs, on_cpu, resized, size_of
 
 NOTICE = (
     "TorchScript is deprecated as of torch 2.11: the file runs where torch.jit still is; "
@@ -71,8 +71,14 @@ def _make(model: nn.Module, inputs: Inputs) -> tuple[torch.jit.ScriptModule, boo
 
 class _ScriptDraft(Draft):
     def __init__(
-        self, scripted: torch.jit.ScriptModule, is_scripted: bool, metadata: Mapping[str, str]
+        self,
+        scripted: torch.jit.ScriptModule,
+        is_scripted: bool,
+        metadata: Mapping[str, str],
+        *,
+        frozen: bool,
     ) -> None:
+        self.folds_gates = frozen
         self.scripted = scripted
         self.metadata = dict(metadata)
         self.notices = (NOTICE,) if is_scripted else (NOTICE, _TRACED)
@@ -85,6 +91,8 @@ class _ScriptDraft(Draft):
             memory.seek(0)
             twin = torch.jit.load(memory)
             _set(twin, gates)
+            if self.folds_gates:
+                twin = torch.jit.freeze(twin.eval())
             written = io.BytesIO()
             torch.jit.save(twin, written, _extra_files=self.metadata)
         # Written by Python: on a full disk torch.jit.save would end the whole process.
@@ -103,10 +111,7 @@ class TorchScript(Format):
         Raises:
             ExportRefused: an opset or an exporter was asked for.
         """
-        if settings.opset is not None:
-            raise ExportRefused("--opset is for .onnx; a .pt file has none")
-        if settings.exporter != "auto":
-            raise ExportRefused("--exporter is for .onnx; a .pt file has one way only")
+        refuse_onnx_settings(settings, ".pt")
 
     def draft(
         self, model: nn.Module, inputs: Inputs, settings: Settings, metadata: Mapping[str, str]
@@ -120,7 +125,7 @@ class TorchScript(Format):
         scripted, is_scripted = _make(model, inputs)
         if not is_scripted and settings.dynamic:
             scripted = _trace_checked(model, inputs, scripted)
-        return _ScriptDraft(scripted, is_scripted, metadata)
+        return _ScriptDraft(scripted, is_scripted, metadata, frozen=settings.optimize)
 
     def open(self, path: Path, gates: Mapping[str, Tensor] | None = None) -> Opened:
         """Load the file.
@@ -144,16 +149,11 @@ def _runner(module: torch.jit.ScriptModule) -> Runner:
     def run(inputs: Inputs) -> list[Tensor]:
         with _quiet(), torch.no_grad():
             try:
-                return leaves_on_cpu(module(*_on_cpu(inputs)))
+                return leaves_on_cpu(module(*on_cpu(inputs)))
             except RuntimeError as error:
                 raise RunFailed(str(error).strip().splitlines()[-1]) from error
 
     return run
-
-
-def _on_cpu(inputs: Inputs) -> Inputs:
-    moved: Inputs = tree_map_only(Tensor, lambda part: part.cpu(), inputs)
-    return moved
 
 
 def load_torchscript(
