@@ -14,6 +14,7 @@ Examples:
   attnsurgeon export resnet50_se.safetensors -o resnet50_se.onnx
   attnsurgeon export resnet50_se.safetensors -o resnet50_se.pt --input-size 320,256
   attnsurgeon export resnet50_se.safetensors -o resnet50_se.pt2 --static
+  attnsurgeon export resnet50_se.safetensors -o model.py
   attnsurgeon export resnet50_se.safetensors --checkpoint trained.pth -o trained.onnx --opset 18
 """
 
@@ -27,7 +28,7 @@ def add_to(app: typer.Typer) -> None:
 
 def export(
     file: Annotated[str, typer.Argument(help="A file of attnsurgeon, or a model name.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="A .onnx, .pt or .pt2 file.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A .onnx, .pt, .pt2 or .py file.")],
     opset: Annotated[int | None, typer.Option(help="ONNX operator set; 20 by default.")] = None,
     exporter: Annotated[
         str,
@@ -51,7 +52,9 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Export to ONNX, TorchScript or torch.export, re-open the file and compare it with the model.
+    """Write a file for deployment, re-open it and compare it with the model.
+
+    Formats by suffix: .onnx, .pt (TorchScript), .pt2 (torch.export), .py (plain code).
 
     The comparison runs with the gates as they are and with every gate opened at random, at
     batch 1, 2 and 5 and another input size. A file that differs is not kept (exit 4).

@@ -36,7 +36,7 @@ class Artifact:
 
     Attributes:
         output: its path.
-        format: onnx, torchscript or torch.export.
+        format: onnx, torchscript, torch.export or python.
         bytes: its size.
         opset: of an ONNX file.
         dynamic: whether batch, height and width are free.
@@ -82,7 +82,9 @@ def export_model(
     force: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Artifact:
-    """Write a network to `.onnx`, `.pt` or `.pt2`, re-open the file and compare it with the model.
+    """Write a network to a file for deployment, re-open it and compare it with the model.
+
+    The suffix chooses the format: .onnx, .pt (TorchScript), .pt2 (torch.export), .py (plain code).
 
     The comparison runs with the gates as they are and with every gate open at a value of its own
     (in the file itself, or where a format folds them, in a twin made by the same passes); at batch
@@ -121,9 +123,10 @@ def export_model(
         batches = trials(model, inputs, static=static)
         draft.write(part, gate_values(model))
         notices, size = draft.notices, part.stat().st_size
+        read = draft.reader or kind.open
         twin = draft if draft.folds_gates else None
         del draft  # its weights need not stand in memory beside those that are read
-        proof = prove(kind, twin, part, model, batches, settings, progress)
+        proof = prove(kind.name, read, twin, part, model, batches, settings, progress)
     return Artifact(
         output=str(output),
         format=kind.name,

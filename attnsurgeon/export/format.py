@@ -42,6 +42,10 @@ class Opened:
         return self.run(inputs)
 
 
+Reader = Callable[[Path, "Mapping[str, Tensor] | None"], Opened]
+"""Opens a written file, with other values for its gates."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What the user may choose; a format that has no such choice refuses it."""
@@ -80,6 +84,8 @@ class Draft(ABC):
     notices: tuple[str, ...] = ()
     folds_gates: bool = False
     """Whether the gates of a written file are out of reach; a twin then proves what is behind."""
+    reader: Reader | None = None
+    """Opens what was written, where the file alone does not hold all of the network."""
 
     @abstractmethod
     def write(self, path: Path, gates: Mapping[str, Tensor]) -> None:

@@ -8,14 +8,16 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from attnsurgeon.errors import BadFile, BadOption, ExportRefused, MissingPackage, UnknownName
 from attnsurgeon.export import onnx_dynamo, onnx_traced
 from attnsurgeon.export.format import Draft, Format, Opened, Settings, refuse_optimize, register
-from attnsurgeon.export.inputs import Inputs
+from attnsurgeon.export.fresh import FreshProcess
+from attnsurgeon.export.inputs import Inputs, tensors_of
 from attnsurgeon.export.onnx_file import read_file, write_file
-from attnsurgeon.export.onnx_runtime import newest_ir, newest_opset, runner
+from attnsurgeon.export.onnx_runtime import newest_ir, newest_opset
 from attnsurgeon.gate import named_gates
 
 EXPORTERS = ("auto", "dynamo", "torchscript")
@@ -170,7 +172,7 @@ class Onnx(Format):
         return _OnnxDraft(translated, metadata, notices)
 
     def open(self, path: Path, gates: Mapping[str, Tensor] | None = None) -> Opened:
-        """Check the file and load it in ONNX Runtime on the CPU.
+        """Check the file and load it in ONNX Runtime, on the CPU and in a process of its own.
 
         Raises:
             BadFile: it is no valid ONNX file, or the installed runtime cannot read it.
@@ -182,10 +184,13 @@ class Onnx(Format):
             onnx.checker.check_model(str(path), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise BadFile(f"{path.name} is no ONNX file that can be run: {error}") from error
-        source = str(path) if gates is None else file.with_values(gates)
-        return Opened(
-            run=runner(source, path.name), opset=file.opset, fixed_axes=tuple(file.fixed_axes)
-        )
+        process = FreshProcess(path.name, "open_onnx", str(path), file.patches(gates or {}))
+
+        def run(inputs: Inputs) -> list[Tensor]:
+            arrays = process([part.detach().cpu().numpy() for part in tensors_of(inputs)])
+            return [torch.from_numpy(array) for array in arrays]
+
+        return Opened(run, opset=file.opset, fixed_axes=tuple(file.fixed_axes))
 
 
 def _translate(model: nn.Module, inputs: Inputs, settings: Settings) -> tuple[Any, tuple[str, ...]]:

@@ -94,23 +94,20 @@ class OnnxFile:
             if dims[i].HasField("dim_value")
         ]
 
-    def with_values(self, values: Mapping[str, Tensor]) -> bytes:
-        """Return the bytes of the file with other values in some of its tensors.
+    def patches(self, values: Mapping[str, Tensor]) -> list[tuple[int, bytes]]:
+        """Return where in the file other values of some tensors go, and their bytes.
 
         Raises:
             BadFile: it has no tensor of such a name and size.
         """
-        with (
-            self.path.open("rb") as stream,
-            mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_COPY) as data,
-        ):
-            for name, value in values.items():
-                raw = value.detach().cpu().numpy().tobytes()
-                start, end = self.spots.get(name, (0, 0))
-                if end - start != len(raw):
-                    raise BadFile(f"{self.path.name} has no tensor {name!r} of {len(raw)} bytes")
-                data[start:end] = raw
-            return data[:]
+        found = []
+        for name, value in values.items():
+            raw = value.detach().cpu().numpy().tobytes()
+            start, end = self.spots.get(name, (0, 0))
+            if end - start != len(raw):
+                raise BadFile(f"{self.path.name} has no tensor {name!r} of {len(raw)} bytes")
+            found.append((start, raw))
+        return found
 
 
 def read_file(path: Path) -> OnnxFile:

@@ -11,7 +11,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from attnsurgeon.errors import BadOption, ExportDiffers
-from attnsurgeon.export.format import Draft, Format, Opened, Runner, Settings
+from attnsurgeon.export.format import Draft, Opened, Reader, Runner, Settings
 from attnsurgeon.export.inputs import Inputs, tensors_of
 from attnsurgeon.export.opening import open_gates
 from attnsurgeon.export.proof import Check, check_file, gate_values
@@ -38,7 +38,8 @@ class Proof:
 
 
 def prove(
-    kind: Format,
+    name: str,
+    read: Reader,
     twin: Draft | None,
     part: Path,
     model: nn.Module,
@@ -49,8 +50,9 @@ def prove(
     """Compare the written file with the model, as it is and with its gates opened.
 
     Args:
-        kind: the file's format.
-        twin: what a twin with opened gates is written from, where the format folds gates.
+        name: of the file's format.
+        read: opens the file.
+        twin: what a twin with opened gates is written from, where the gates were folded.
         part: the file.
         model: what it was made from.
         batches: the inputs of both.
@@ -64,7 +66,7 @@ def prove(
     own = gate_values(model)
     label = "open" if any(bool(value.any()) for value in own.values()) else "closed"
     progress("checking it from disk, gates as they are")
-    written = kind.open(part)
+    written = read(part, None)
     _check_header(written, settings)
     checks = check_file(written.run, model, own, label, batches)
     opset = written.opset
@@ -75,12 +77,12 @@ def prove(
         if opening.unseen:
             notices = (_UNSEEN.format(len(opening.unseen), len(own), opening.unseen[0]),)
         del written
-        with _opened_file(kind, twin, part, opening.values) as run:
+        with _opened_file(read, twin, part, opening.values) as run:
             checks += check_file(run, model, opening.values, "open", batches)
     for check in checks:
         if not check.passed:
             raise ExportDiffers(
-                f"the {kind.name} file differs from the model with gates {check.gates}, batch "
+                f"the {name} file differs from the model with gates {check.gates}, batch "
                 f"{check.batch}, {check.size[0]}x{check.size[1]} px: max_rel {check.max_rel:.2g}, "
                 f"cosine {check.cosine:.4f}; nothing was kept"
             )
@@ -111,13 +113,13 @@ def _pixels(inputs: Inputs) -> int:
 
 @contextmanager
 def _opened_file(
-    kind: Format, twin: Draft | None, part: Path, gates: Mapping[str, Tensor]
+    read: Reader, twin: Draft | None, part: Path, gates: Mapping[str, Tensor]
 ) -> Iterator[Runner]:
     """Yield what runs the file with these gates, or its twin where its own are out of reach."""
     if twin is None:
-        yield kind.open(part, gates).run
+        yield read(part, gates).run
         return
     with tempfile.TemporaryDirectory(prefix="attnsurgeon-") as folder:
         path = Path(folder) / "opened"
         twin.write(path, gates)
-        yield kind.open(path).run
+        yield read(path, None).run
