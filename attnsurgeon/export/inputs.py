@@ -10,8 +10,8 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attnsurgeon.borrow import borrowed_randomness
 from attnsurgeon.errors import BadOption, HostUnusable
-from attnsurgeon.observe import runs_on
 from attnsurgeon.sites import as_inputs
+from attnsurgeon.trial import runs_on
 
 LARGEST_SIDE = 2**14
 """Pixels of an input's side: what is exported is run as well, and has to fit into memory."""

@@ -22,7 +22,7 @@ from attnsurgeon import blocks, digits
 from attnsurgeon.anatomy import own_class
 from attnsurgeon.card import HostCard
 from attnsurgeon.errors import ExportRefused
-from attnsurgeon.host import DIGITS
+from attnsurgeon.host import DIGITS, host_names
 from attnsurgeon.plan import Cut
 
 _PACKAGE = "attnsurgeon"
@@ -86,7 +86,7 @@ def write_source(model: nn.Module, card: HostCard, cuts: Iterable[Cut], weights:
     Raises:
         ExportRefused: the host is no torchvision network, or a forward calls code of its own.
     """
-    if card.name is None:
+    if card.name not in host_names():
         raise ExportRefused(
             f"{type(model).__name__} is no network of torchvision: its code is yours; export the "
             "attention with it to .onnx, .pt or .pt2"
