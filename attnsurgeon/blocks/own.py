@@ -91,13 +91,17 @@ def _run(file: Path) -> types.ModuleType:
         exec(compile(source, module.__file__, "exec"), vars(module))
     except (Exception, SystemExit) as error:  # it is the user's file: any failure is its own
         del sys.modules[name]
-        raise BadFile(
-            f"{str(file)!r} cannot be run: {type(error).__name__}: {first_line(error)}"
-        ) from error
+        raise BadFile(f"{str(file)!r} cannot be run: {_told(error)}") from error
     except BaseException:
         del sys.modules[name]
         raise
     return module
+
+
+def _told(error: BaseException) -> str:
+    """Return the kind of a foreign error and what it says, if it says anything."""
+    kind = type(error).__name__
+    return kind if first_line(error) == kind else f"{kind}: {first_line(error)}"
 
 
 def is_attention(thing: Any) -> bool:
@@ -156,8 +160,7 @@ def load_announced(name: str, known: Iterable[str]) -> type[AttentionBlock]:
         thing = points[name].load()
     except Exception as error:  # of another's package: it may be anything
         raise MissingPackage(
-            f"the block {name!r} cannot be imported from {points[name].value}: "
-            f"{type(error).__name__}: {first_line(error)}"
+            f"the block {name!r} cannot be imported from {points[name].value}: {_told(error)}"
         ) from error
     return checked(thing, f"{name} ({points[name].value})")
 
@@ -176,10 +179,7 @@ def try_out(name: str, attention: AttentionBlock, place: Place, sizes: tuple[int
         try:
             out = attention.eval()(x)
         except Exception as error:  # of the user's own class: it may be anything
-            raise BadOption(
-                f"{name} fails on a map of {tuple(x.shape)}: {type(error).__name__}: "
-                f"{first_line(error)}"
-            ) from error
+            raise BadOption(f"{name} fails on a map of {tuple(x.shape)}: {_told(error)}") from error
     if getattr(out, "shape", None) != x.shape:
         made = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
         raise BadOption(f"{name} makes {made} of a map of {tuple(x.shape)}, not its like")
