@@ -137,6 +137,7 @@ def make_plan(
     placement: str = "post",
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
+    before: Sequence[Cut] = (),
 ) -> Plan:
     """Choose sites by kind, pattern, stage and step, and plan the same attention at each.
 
@@ -153,6 +154,7 @@ def make_plan(
         placement: one of sites.PLACEMENTS.
         options: of the block.
         seed: of the new weights.
+        before: cuts that will be made before these.
 
     Raises:
         UnknownName: no such block, placement or option.
@@ -168,7 +170,7 @@ def make_plan(
     skipped: dict[str, str] = {}
     for site in chosen:
         try:
-            cuts.append(_plan_cut(model, site, block, placement, values, seed))
+            cuts.append(_plan_cut(model, site, block, placement, values, seed, before))
         except PlacementUnavailable as error:
             if site.path in literal:
                 raise
@@ -215,6 +217,7 @@ def _plan_cut(
     placement: str,
     options: Mapping[str, Any],
     seed: int,
+    before: Sequence[Cut],
 ) -> Cut:
     spot = site.spot(placement)
     if spot.serves not in blocks.get(block).layouts:
@@ -222,6 +225,7 @@ def _plan_cut(
             f"{block} cannot serve {site.path} at {placement!r}: its feature map is {spot.serves}"
         )
     taken = {name for name, _ in model.get_submodule(site.path).named_children()}
+    taken |= {cut.splice.child for cut in before if cut.path == site.path}
     child = spot.splice.child
     number = 1
     while child in taken:  # a second attention at one place

@@ -80,6 +80,8 @@ def _random_like(part: Any, batch: int) -> Any:
         return [torch.rand(image.shape).to(image.device, image.dtype) for image in images]
     if isinstance(part, Tensor) and part.is_floating_point():
         return torch.randn(batch, *part.shape[1:]).to(part.device, part.dtype)
+    if isinstance(part, Tensor) and part.ndim:
+        return part[:1].expand(batch, *part.shape[1:]).contiguous()
     return part
 
 

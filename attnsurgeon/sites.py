@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from attnsurgeon import blocks
 from attnsurgeon.anatomy import own_class
 from attnsurgeon.card import card_of
-from attnsurgeon.errors import HostUnusable, NoSites, PlacementUnavailable
+from attnsurgeon.errors import NoSites, PlacementUnavailable
+from attnsurgeon.network import plain_network
 from attnsurgeon.observation import Join, Observation, Shape
 from attnsurgeon.observe import observe
 from attnsurgeon.spots import PLACEMENTS, Spot, channel_axis, post_spot, residual_spots, sizes_in
@@ -103,17 +104,18 @@ def find_sites(model: nn.Module, example: Any = None, *, named: Iterable[str] = 
     a residual block nor a merge, the activations are offered as layers.
 
     Args:
-        model: any network; it is watched through one forward pass and left as it was.
+        model: any network; it is watched through one forward pass and left as it was. Paths are
+            those in the network itself where it is compiled or wrapped for parallel training.
         example: an input, or a tuple of inputs; shapes are measured with it. By default that of
             the model's card, or a (1, C, 224, 224) image with the first convolution's channels.
         named: shell patterns of further modules to offer as layers.
 
     Raises:
-        HostUnusable: the model is wrapped or scripted, or does not run with this input.
+        HostUnusable: the model is scripted, quantized or sharded, or does not run on this input.
         NoSites: no module of it joins paths or returns an activation of a known layout.
         PlacementUnavailable: a module named in full returns no feature map.
     """
-    check_operable(model)
+    model, _ = plain_network(model)
     seen = observe(model, as_inputs(model, example))
     modules = dict(model.named_modules())
     finder = _Finder(model, seen)
@@ -176,22 +178,9 @@ def default_kind(sites: Sequence[Site]) -> str:
     first = sites[0].path if sites else "PATH"
     raise NoSites(
         "the network has no residual block and no merge of branches; give --kind layer for its "
-        f"{len(sites)} activations, or name modules, as in --at {first}"
+        f"{len(sites)} activations, name modules, as in --at {first}, or choose another network, "
+        "such as resnet50"
     )
-
-
-def check_operable(model: nn.Module) -> None:
-    """Refuse wrappers that hide the network's modules, with the remedy.
-
-    Raises:
-        HostUnusable: the model is scripted, compiled or wrapped for parallel training.
-    """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise HostUnusable("the model is TorchScript already; operate on it before scripting")
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise HostUnusable(f"the model is wrapped in {type(model).__name__}; pass model.module")
-    if hasattr(model, "_orig_mod"):
-        raise HostUnusable("the model is compiled; pass model._orig_mod, and compile afterwards")
 
 
 def as_inputs(model: nn.Module, example: Any) -> tuple[Any, ...]:
