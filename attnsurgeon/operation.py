@@ -98,7 +98,7 @@ def insert_attention(
         **options: of the block, such as reduction=8.
 
     Raises:
-        AttnSurgeonError: see make_plan and find_sites.
+        AttnSurgeonError: see Step.checked, make_plan and find_sites.
         IdentityBroken: an output changed or a gate cannot learn.
 
     Example:
@@ -120,7 +120,7 @@ def insert_attention(
         options=options,
         seed=seed,
     )
-    return _insert(model, (step,), example)
+    return _insert(model, (step.checked(),), example)
 
 
 def insert_plan(model: nn.Module, plan: Any, *, example: Any = None, seed: int = 0) -> nn.Module:

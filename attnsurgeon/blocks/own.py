@@ -38,7 +38,9 @@ def is_in_file(name: str) -> bool:
 def load_file(text: str) -> str:
     """Run the file of path/to/file.py:Class and return the name of its class in recipes.
 
-    The same file is run once; of two files of one name, the last that was named counts.
+    The same file is run once; of two files of one name, the last that was named counts. A name
+    without a folder, as plans and recipes have it, stands for the class that was loaded under it
+    where no such file lies in the current folder.
 
     Raises:
         BadFile: there is no such file, or it raises.
@@ -47,6 +49,8 @@ def load_file(text: str) -> str:
     """
     path, _, class_name = text.rpartition(":")
     file = Path(path)
+    if text in _from_files and not file.exists():
+        return text
     module = _run(file)
     thing = getattr(module, class_name, None)
     if thing is None:
