@@ -14,6 +14,7 @@ from torch import nn
 from attnsurgeon.card import HostCard, card_of, give_card
 from attnsurgeon.liveness import Liveness
 from attnsurgeon.network import plain_network
+from attnsurgeon.origin import fingerprints, give_origin, origin_of
 from attnsurgeon.plan import Plan, as_patterns
 from attnsurgeon.probes import probe_inputs
 from attnsurgeon.sites import as_inputs
@@ -73,6 +74,7 @@ def insert_attention(
     placement: str = "post",
     example: Any = None,
     seed: int = 0,
+    stack: bool = False,
     **options: Any,
 ) -> nn.Module:
     """Return a copy of a model with attention at its sites, behind closed gates.
@@ -95,6 +97,7 @@ def insert_attention(
         example: an input, or a tuple of inputs; by default that of the network's card, or a
             (1, C, 224, 224) image batch.
         seed: of the new weights; the same seed gives the same weights.
+        stack: put it behind the same block at the same place too, instead of refusing that.
         **options: of the block, such as reduction=8.
 
     Raises:
@@ -119,6 +122,7 @@ def insert_attention(
         placement=placement,
         options=options,
         seed=seed,
+        stack=stack,
     )
     return _insert(model, (step.checked(),), example)
 
@@ -158,6 +162,8 @@ def _insert(model: nn.Module, steps: tuple[Step, ...], example: Any) -> nn.Modul
     inputs = as_inputs(model, example)
     plan = plan_steps(model, inputs, steps)
     operated = copy.deepcopy(model)
+    if origin_of(model) is None:
+        give_origin(operated, fingerprints(model))
     operate(operated, plan, inputs)
     remember_input(operated, inputs)
     return operated

@@ -40,6 +40,7 @@ class Step:
     placement: str = "post"
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+    stack: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values that `read_steps` reads; what chooses nothing is left out."""
@@ -53,6 +54,8 @@ class Step:
             del plain["every"]
         if self.kind is None:
             del plain["kind"]
+        if not self.stack:
+            del plain["stack"]
         return plain
 
     def checked(self) -> Step:
@@ -206,6 +209,7 @@ def plan_steps(model: nn.Module, inputs: tuple[Any, ...], steps: Iterable[Step])
             options=step.options,
             seed=step.seed,
             before=cuts,
+            stack=step.stack,
         )
         cuts += plan.cuts
         attended.update(dict.fromkeys(plan.attended))

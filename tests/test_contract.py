@@ -162,7 +162,7 @@ def test_exported(name, suffix, tmp_path):
     artifact = attnsurgeon.export_model(operated, tmp_path / f"x{suffix}", example=EXAMPLE)
     assert {check.gates for check in artifact.checks} == {"closed", "open"}
     assert {check.batch for check in artifact.checks} == {1, 2, 5}
-    assert len({check.size for check in artifact.checks}) == 2
+    assert len({check.size for check in artifact.checks}) == 3
     assert all(check.passed for check in artifact.checks)
     assert artifact.dynamic
     assert not any("traced" in notice for notice in artifact.notices)  # these can be scripted

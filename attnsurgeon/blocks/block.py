@@ -57,6 +57,8 @@ class AttentionBlock(nn.Module):
     formula: ClassVar[str] = ""
     placements: ClassVar[tuple[str, ...]] = AROUND
     layouts: ClassVar[tuple[str, ...]] = IMAGES
+    convex: ClassVar[bool] = False
+    """Whether its gate mixes branches, and so must stay in [0, 1]."""
 
     @classmethod
     def build(cls, place: Place, **options: Any) -> AttentionBlock:

@@ -54,6 +54,7 @@ class SelectiveKernel(AttentionBlock):
     )
     placements = (*AROUND, "replace")
     layouts = MAPS
+    convex = True
 
     def __init__(
         self,

@@ -109,6 +109,9 @@ def insert(
     input_: Inputs = None,
     host: OwnHost = None,
     seed: Annotated[int, typer.Option(help="Of the new weights.")] = 0,
+    stack: Annotated[
+        bool, typer.Option("--stack", help="Put it also where the same block is already.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be done; write nothing.")
     ] = False,
@@ -143,6 +146,7 @@ def insert(
         inputs=tuple(input_ or ()),
         host=host,
         seed=seed,
+        stack=stack,
         dry_run=dry_run,
         force=force,
     )
