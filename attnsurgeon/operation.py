@@ -101,7 +101,7 @@ def insert_attention(
         **options: of the block, such as reduction=8.
 
     Raises:
-        AttnSurgeonError: see make_plan and find_sites.
+        AttnSurgeonError: see Step.checked, make_plan and find_sites.
         IdentityBroken: an output changed or a gate cannot learn.
 
     Example:

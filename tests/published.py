@@ -91,7 +91,7 @@ def snl(block, x):
 
 
 def nonlocal_block(block, x, pairwise="embedded_gaussian", subsample=False, norm=False):
-    """Equations 1 and 6 of arXiv:1711.07971, one position after the other."""
+    """Equations 1, 3, 4 and 6 of arXiv:1711.07971, one position after the other."""
     theta, phi, g = (pixelwise(layer, x) for layer in (block.theta, block.phi, block.g))
     if subsample:
         phi, g = (F.max_pool2d(part, 2) for part in (phi, g))
@@ -110,7 +110,7 @@ def nonlocal_block(block, x, pairwise="embedded_gaussian", subsample=False, norm
 
 
 def eca(block, x):
-    """Equation 9 of arXiv:1910.03151, with the kernel of equation 12 for 32 channels."""
+    """Sections 3.2.2 and 3.2.3 of arXiv:1910.03151, with the kernel for 32 channels."""
     k = 3  # |log2(32) / 2 + 1 / 2| = 3
     w = block.conv.weight.flatten()
     assert w.numel() == k
@@ -120,7 +120,7 @@ def eca(block, x):
 
 
 def ese(block, x, scale_activation="sigmoid"):
-    """Equations 2 and 3 of arXiv:1911.06667."""
+    """A_eSE of arXiv:1911.06667, and its released code."""
     logits = dense(block.excite, x.mean((2, 3)))
     hard = scale_activation == "hardsigmoid"
     return x * spread((logits + 3).clamp(0, 6) / 6 if hard else torch.sigmoid(logits))
@@ -214,7 +214,7 @@ def simam(block, x, regularizer=1e-4):
 
 
 def triplet(block, x, no_spatial=False):
-    """Equations 1 to 5 of arXiv:2010.03045: attend each rotated tensor, rotate back, average."""
+    """Section 3.2 of arXiv:2010.03045: attend each rotated tensor, rotate back, average."""
     along_h, (along_w, *along_c) = block.first, block.others
     turned = x.permute(0, 2, 1, 3)
     parts = [(turned * neighbours(along_h.map, turned)).permute(0, 2, 1, 3)]

@@ -176,6 +176,19 @@ class TestFile:
         assert blocks.get(blocks.learn("counting.py:Mine"))(8).sharpness == 3.0
         assert ran.read_text() == "xx"
 
+    def test_a_plan_finds_what_was_named_before(self, run, mine):
+        (mine / "mine.py").rename(mine / "moved.py")
+        (mine / "away").mkdir()
+        (mine / "moved.py").rename(mine / "away" / "mine.py")
+        name = ("--own-block", "away/mine.py:Mine")
+        words = ("insert", "digits", "--dry-run", "--json")
+        planned = run(*words, "--block", "away/mine.py:Mine")
+        (mine / "plan.json").write_text(planned.out, encoding="utf-8")
+        done = run(*name, "insert", "digits", "--plan", "plan.json", "-o", "x.safetensors")
+        assert done.code == 0, done.err
+        own._from_files.clear()
+        assert "there is no file 'mine.py'" in run("insert", "digits", "--plan", "plan.json").error
+
     def test_options_without_annotations_are_read_like_their_defaults(self, mine):
         name = blocks.learn("mine.py:Mine")
         assert blocks.option_types(name) == {"sharpness": float, "bias": bool}

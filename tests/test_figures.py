@@ -48,7 +48,7 @@ def formula(block, c, *, r=16, k=7, m=2, g=32, low=32):
     p = c // r
     near = 3 * c * p + 18 * p * p + 5 * p + 3 * c + 3
     rows = max(c // 32, 8)
-    odd = {64: 3, 256: 5, 2048: 7}  # of equation 12 of ECA
+    odd = {64: 3, 256: 5, 2048: 7}  # of section 3.2.3 of ECA
     return {
         "se": 2 * c * c // r + c // r + c,
         "cbam": 2 * c * c // r + c // r + c + 2 * k * k + 2,

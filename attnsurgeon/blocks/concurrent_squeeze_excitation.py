@@ -1,6 +1,6 @@
 """Concurrent Spatial and Channel Squeeze & Excitation (Roy et al., MICCAI 2018, arXiv:1803.02579).
 
-Section 3: cSE (equations 1 and 2), sSE (equation 3), and their sum, scSE. The journal version
+Section 2: cSE (equations 1 and 2), sSE (equation 3), and their sum, scSE. The journal version
 (arXiv:1808.08127) takes the greater of the two: `fusion=max`, as the released code does.
 
 One gate per half. The sum is mixed as (1 - gc)(1 - gs) + gc * c + gs * s: with both gates at 0

@@ -1,4 +1,6 @@
-"""Effective Squeeze-Excitation (Lee and Park, CVPR 2020 CenterMask, arXiv:1911.06667), eq. 2 and 3.
+"""Effective Squeeze-Excitation (Lee and Park, CVPR 2020, arXiv:1911.06667), of VoVNetV2.
+
+The map is A_eSE(x) = σ(W_C GAP(x)), squeeze-and-excitation with one layer of full width.
 
 Differs from the paper: a 1x1 convolution stands for its fully connected layer. Its released code
 has a hard sigmoid where the equation has a sigmoid: `scale_activation=hardsigmoid`.
@@ -23,7 +25,7 @@ class EffectiveSqueezeExcitation(AttentionBlock):
         channels: C, the width of the feature map.
         dims: number of spatial axes.
         bias: of the layer, as in the released models.
-        scale_activation: sigmoid as in equation 3, or hardsigmoid as in the released code.
+        scale_activation: sigmoid as in the paper, or hardsigmoid as in the released code.
 
     Raises:
         BadOption: an unknown value.

@@ -1,4 +1,6 @@
-"""Efficient Channel Attention (Wang et al., CVPR 2020, arXiv:1910.03151), equations 9 and 12.
+"""Efficient Channel Attention (Wang et al., CVPR 2020, arXiv:1910.03151), section 3.2.
+
+The map is σ(C1D_k(GAP(x))) (3.2.2), k the odd number nearest to (log2 C + b) / γ (3.2.3).
 
 Differs from the released code: the convolution over the channels takes them as the first spatial
 axis of a map (kernel k x 1 where theirs is k), which spares it two reshapes. The kernel is zero
@@ -26,9 +28,9 @@ class EfficientChannelAttention(AttentionBlock):
     Args:
         channels: C, the width of the feature map.
         dims: number of spatial axes.
-        kernel_size: k, odd; by default the odd number that equation 12 gives for C.
-        gamma: γ of equation 12.
-        beta: b of equation 12.
+        kernel_size: k, odd; by default the odd number that section 3.2.3 gives for C.
+        gamma: γ of section 3.2.3.
+        beta: b of section 3.2.3.
 
     Raises:
         BadOption: a value out of range.
@@ -67,7 +69,7 @@ class EfficientChannelAttention(AttentionBlock):
 
 
 def adaptive_kernel(channels: int, gamma: float, beta: float) -> int:
-    """Return k of equation 12: the odd number at or above the whole part of (log2 C + b) / γ.
+    """Return k of section 3.2.3: the odd number at or above the whole part of (log2 C + b) / γ.
 
     Raises:
         BadOption: γ is not above 0, or either is not finite.

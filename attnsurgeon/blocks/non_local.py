@@ -1,8 +1,8 @@
 """Non-local block (Wang et al., CVPR 2018, arXiv:1711.07971), equations 1 to 6.
 
 z = x + Wz y, y_i = Σ_j f(x_i, x_j) g(x_j) / C(x): f the exponential of θᵀφ and C its sum, which is
-a softmax (embedded Gaussian, equations 3 and 4), or f = θᵀφ and C the number of positions (dot
-product). Without the softmax the three factors are multiplied the cheap way round.
+a softmax (embedded Gaussian, equation 3), or f = θᵀφ and C the number of positions (dot product,
+equation 4). Without the softmax the three factors are multiplied the cheap way round.
 
 Differs from the paper: Wz (or, with `norm`, the BatchNorm that section 4.1 puts behind it) starts
 at its ordinary value, since the gate already is the zero. Sub-sampling pools pairs of positions;

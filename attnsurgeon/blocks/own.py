@@ -38,7 +38,9 @@ def is_in_file(name: str) -> bool:
 def load_file(text: str) -> str:
     """Run the file of path/to/file.py:Class and return the name of its class in recipes.
 
-    The same file is run once; of two files of one name, the last that was named counts.
+    The same file is run once; of two files of one name, the last that was named counts. A name
+    without a folder, as plans and recipes have it, stands for the class that was loaded under it
+    where no such file lies in the current folder.
 
     Raises:
         BadFile: there is no such file, or it raises.
@@ -47,6 +49,8 @@ def load_file(text: str) -> str:
     """
     path, _, class_name = text.rpartition(":")
     file = Path(path)
+    if text in _from_files and not file.exists():
+        return text
     module = _run(file)
     thing = getattr(module, class_name, None)
     if thing is None:
@@ -91,13 +95,17 @@ def _run(file: Path) -> types.ModuleType:
         exec(compile(source, module.__file__, "exec"), vars(module))
     except (Exception, SystemExit) as error:  # it is the user's file: any failure is its own
         del sys.modules[name]
-        raise BadFile(
-            f"{str(file)!r} cannot be run: {type(error).__name__}: {first_line(error)}"
-        ) from error
+        raise BadFile(f"{str(file)!r} cannot be run: {_told(error)}") from error
     except BaseException:
         del sys.modules[name]
         raise
     return module
+
+
+def _told(error: BaseException) -> str:
+    """Return the kind of a foreign error and what it says, if it says anything."""
+    kind = type(error).__name__
+    return kind if first_line(error) == kind else f"{kind}: {first_line(error)}"
 
 
 def is_attention(thing: Any) -> bool:
@@ -156,8 +164,7 @@ def load_announced(name: str, known: Iterable[str]) -> type[AttentionBlock]:
         thing = points[name].load()
     except Exception as error:  # of another's package: it may be anything
         raise MissingPackage(
-            f"the block {name!r} cannot be imported from {points[name].value}: "
-            f"{type(error).__name__}: {first_line(error)}"
+            f"the block {name!r} cannot be imported from {points[name].value}: {_told(error)}"
         ) from error
     return checked(thing, f"{name} ({points[name].value})")
 
@@ -176,10 +183,7 @@ def try_out(name: str, attention: AttentionBlock, place: Place, sizes: tuple[int
         try:
             out = attention.eval()(x)
         except Exception as error:  # of the user's own class: it may be anything
-            raise BadOption(
-                f"{name} fails on a map of {tuple(x.shape)}: {type(error).__name__}: "
-                f"{first_line(error)}"
-            ) from error
+            raise BadOption(f"{name} fails on a map of {tuple(x.shape)}: {_told(error)}") from error
     if getattr(out, "shape", None) != x.shape:
         made = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
         raise BadOption(f"{name} makes {made} of a map of {tuple(x.shape)}, not its like")

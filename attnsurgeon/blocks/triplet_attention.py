@@ -1,10 +1,11 @@
-"""Triplet Attention (Misra et al., WACV 2021, arXiv:2010.03045), equations 1 to 5.
+"""Triplet Attention (Misra et al., WACV 2021, arXiv:2010.03045), section 3.2.
 
-Three maps: of (C, W), of (C, H) and of (H, W), each the sigmoid of a normed convolution over the
-maximum and mean along the third axis. Two-dimensional by its paper.
+y = (x₁ω₁ + x₂ω₂ + x ω₃) / 3, x₁ and x₂ rotated before and back after. Three maps: of (C, W), of
+(C, H) and of (H, W), each the sigmoid of a normed convolution over the maximum and mean along the
+third axis. Two-dimensional by its paper.
 
 A gate per map: x * (m1 + m2 + m3) / 3. Closed, each mixed map is exactly 1, and so is 3 / 3 in
-every float; at gate 1 it is equation 5 with x taken out of the sum, equal but for rounding.
+every float; at gate 1 it is y with x taken out of the sum, equal but for rounding.
 """
 
 from __future__ import annotations
