@@ -1,6 +1,7 @@
 """A network of one's own: named on the command line, checkpointed, and named again later."""
 
 import json
+import pickle
 import re
 import shlex
 import sys
@@ -247,6 +248,20 @@ class TestRecipe:
         with pytest.raises(AttnSurgeonError, match=says):
             attnsurgeon.load_model("made.safetensors", host=host)
         refused("verify", "made.safetensors", "--host", host)
+
+    def test_a_factory_may_return_the_same_network_each_time(self, made):
+        shared = _factory()(width=4)
+        for _ in range(2):
+            again = attnsurgeon.load_model("made.safetensors", host=lambda width: shared)
+            assert len(attnsurgeon.gates(again)) == 2
+        assert not attnsurgeon.gates(shared)
+
+    def test_a_file_is_imported_once_as_long_as_it_stays_as_it_is(self, net):
+        models = [load_host("net.py:build") for _ in range(2)]
+        assert type(models[0]) is type(models[1])
+        assert type(pickle.loads(pickle.dumps(models[0]))) is type(models[0])
+        (net / "net.py").write_text((net / "net.py").read_text() + "\nedited = True\n")
+        assert type(load_host("net.py:build")) is not type(models[0])
 
     def test_one_with_other_keys_or_shapes_is_refused(self, made):
         same_class = type("TinyNet", (nn.Module,), {})
