@@ -90,11 +90,8 @@ class Insertion:
             "identity": self.verdict
             and {"exact": self.verdict.exact, "inputs": list(self.verdict.inputs)},
             "liveness": self.liveness
-            and {
-                "gates": self.liveness.gates,
-                "live": self.liveness.live,
-                "lent": list(self.liveness.lent),
-            },
+            and {"gates": self.liveness.gates, "live": self.liveness.live},
+            "lent": list(self.liveness.lent) if self.liveness else [],
         }
 
 

@@ -178,7 +178,8 @@ def default_kind(sites: Sequence[Site]) -> str:
     first = sites[0].path if sites else "PATH"
     raise NoSites(
         "the network has no residual block and no merge of branches; give --kind layer for its "
-        f"{len(sites)} activations, or name modules, as in --at {first}"
+        f"{len(sites)} activations, name modules, as in --at {first}, or choose another network, "
+        "such as resnet50"
     )
 
 

@@ -19,7 +19,7 @@ from attnsurgeon.sites import Site, find_sites
 
 REPORTED = (
     *("model", "output", "block", "placement", "sites", "skipped", "attended"),
-    *("parameters", "tensors", "checkpoint", "identity", "liveness"),
+    *("parameters", "tensors", "checkpoint", "identity", "liveness", "lent"),
 )
 """What a dry run prints beside its plan; it is left alone when that is read back."""
 MEASURED = ("channels", "shape", "parameters", "macs")
