@@ -417,6 +417,8 @@ class TestFactories:
             ("net.py", ["as net.py:build"]),
             ("missing.py:build", ["there is no file 'missing.py'"]),
             ("missing.nets:build", ["no module is called 'missing.nets'"]),
+            ("net:build.of", ["no factory in 'net' is called 'build.of'"]),
+            ("nets/mine:build", ["no module is called 'nets/mine'", "mean nets/mine.py:NAME?"]),
             ("broken.py:build", ["importing 'broken.py' raised SyntaxError"]),
             ("noisy.py:build", ["importing 'noisy.py' raised ZeroDivisionError", "line 2"]),
             ("wanting.py:build", ["ModuleNotFoundError", "not_there"]),
@@ -428,6 +430,8 @@ class TestFactories:
         (net / "noisy.py").write_text("hello = 3\n1 / 0\n")
         (net / "wanting.py").write_text("import not_there\n")
         (net / "folder.py").mkdir()
+        (net / "nets").mkdir()
+        (net / "nets" / "mine.py").touch()
         refused("insert", model, "--block", "se", says=says)
 
     @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
 from torch.optim.swa_utils import AveragedModel
+from torchvision.models import get_model
 from torchvision.models.resnet import BasicBlock, ResNet
 
 import attnsurgeon
@@ -181,6 +182,16 @@ class TestRefused:
         for refuse in (insert, find_sites):
             with pytest.raises(HostUnusable, match=says):
                 refuse(model)
+
+    @pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+    def test_but_not_one_that_could_be_quantized(self):
+        model = get_model("quantized_resnet18", weights=None, quantize=False).eval()
+        assert len(find_sites(model, torch.zeros(1, 3, 32, 32))) == 8
+        assert plain_network(model)[0] is model
+        done = get_model("quantized_resnet18", weights=None, quantize=True)
+        with pytest.raises(HostUnusable, match="is quantized"):
+            find_sites(done)
 
     @pytest.mark.parametrize(
         ("make", "remedy"),

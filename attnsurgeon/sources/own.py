@@ -138,7 +138,9 @@ def _from_module(place: str) -> ModuleType:
             return importlib.import_module(place)
     except ModuleNotFoundError as error:
         if error.name is not None and f"{place}.".startswith(f"{error.name}."):
-            raise UnknownName("module", place, ()) from error
+            file = Path(f"{place.replace('.', '/')}.py")
+            hint = f"; did you mean {file}:NAME?" if file.is_file() else ""
+            raise UnknownName("module", place, (), hint) from error
         raise _raised(f"importing {place!r}", error) from error
     except (Exception, SystemExit) as error:
         raise _raised(f"importing {place!r}", error) from error
