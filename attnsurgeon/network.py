@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.ao.nn.quantized import FloatFunctional, FXFloatFunctional
 from torch.nn.parameter import is_lazy
 from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
@@ -16,6 +17,8 @@ from attnsurgeon.errors import HostUnusable
 
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse")
+_FLOAT = (FloatFunctional, FXFloatFunctional)
+"""What stands for an operation in networks that can be quantized and are not."""
 _HOOKS: dict[type, str] = {
     WeightNorm: "torch.nn.utils.remove_weight_norm(module), or use parametrizations.weight_norm",
     SpectralNorm: (
@@ -73,7 +76,7 @@ def _check_module(path: str, module: nn.Module) -> None:
         raise HostUnusable(f"{what} is TorchScript already; operate on it before scripting")
     if _SHARDED & {kind.__name__ for kind in type(module).__mro__}:
         raise HostUnusable(f"{what} is sharded by FSDP; operate on it before it is sharded")
-    if type(module).__module__.startswith(_QUANTIZED):
+    if type(module).__module__.startswith(_QUANTIZED) and not isinstance(module, _FLOAT):
         raise HostUnusable(
             f"{what} is quantized ({type(module).__name__}); operate on the float network, and "
             "quantize the result"

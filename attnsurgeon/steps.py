@@ -92,7 +92,7 @@ def load_steps(path: str | os.PathLike[str], seed: int = 0) -> tuple[Step, ...]:
     file = Path(path)
     check_readable(file)
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")
         values = json.loads(text, object_pairs_hook=_each_key_once)
     except (ValueError, RecursionError) as error:
         raise BadFile(f"{str(file)!r} is no JSON: {error}; print a plan by --dry-run --json") from (

@@ -208,7 +208,7 @@ def load_model(path: str | os.PathLike[str], host: Given | None = None) -> nn.Mo
     try:
         state = _read_state(path, recipe, plain)
         _rehearse(plain, recipe, state, source)
-        model = _new_host(plain, host, recipe)
+        model = _new_host(plain, recipe)
         apply_plan(model, Plan(recipe.cuts))
         take_gates(model, recipe.stripped)
         load_state(model, state, source)
@@ -268,11 +268,12 @@ def _rehearse(
         raise BadFile("its hashes are not those of the original tensors")
 
 
-def _new_host(plain: nn.Module | None, given: Given | None, recipe: Recipe) -> nn.Module:
-    """Return a network to operate on: a rebuilt one, one just made, or a copy of the user's."""
-    if plain is None:
-        return host_of(recipe.host)
-    return copy.deepcopy(plain) if isinstance(given, nn.Module) else plain
+def _new_host(plain: nn.Module | None, recipe: Recipe) -> nn.Module:
+    """Return a network to operate on: a rebuilt one, or a copy of what was given.
+
+    A factory may well return the same network each time.
+    """
+    return host_of(recipe.host) if plain is None else copy.deepcopy(plain)
 
 
 def load_plain(path: str | os.PathLike[str], host: Given | None = None) -> nn.Module:
@@ -283,7 +284,7 @@ def load_plain(path: str | os.PathLike[str], host: Given | None = None) -> nn.Mo
     """
     recipe = read_recipe(path)
     host = given_host(recipe.host, host)
-    model = _new_host(None if host is None else host_of(recipe.host, host), host, recipe)
+    model = _new_host(None if host is None else host_of(recipe.host, host), recipe)
     keys = model.state_dict().keys()
     state = _read_state(path, recipe, model if host is not None else None)
     load_state(model, {k: t for k, t in state.items() if k in keys}, repr(str(path)))

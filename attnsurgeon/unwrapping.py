@@ -115,16 +115,15 @@ def bare_checkpoint(held: Checkpoint, own: Collection[str]) -> Checkpoint:
         del state["n_averaged"]  # how many models an AveragedModel is the mean of
         dropped.append("n_averaged")
     while state:
-        found = [
-            prefix
-            for prefix in WRAPPERS
-            if all(name.startswith(prefix) for name in state)
-            and not any(name.startswith(prefix) for name in own)
-        ]
-        if not found:
+        prefix = next((p for p in WRAPPERS if all(name.startswith(p) for name in state)), None)
+        if prefix is None:
             break
-        state = {name.removeprefix(found[0]): tensor for name, tensor in state.items()}
-        unwrapped.append(found[0])
+        bare = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+        is_own = any(name.startswith(prefix) for name in own)
+        if is_own and len(bare.keys() & set(own)) <= len(state.keys() & set(own)):
+            break
+        state = bare
+        unwrapped.append(prefix)
     inner = f".{WRAPPERS[1]}"  # of a part that was compiled alone
     if any(inner in name for name in state) and not any(inner in name for name in own):
         state = {name.replace(inner, "."): tensor for name, tensor in state.items()}

@@ -145,6 +145,11 @@ class TestUnwrapped:
         fit = load_checkpoint(model, read_checkpoint(held(tmp_path, state)))
         assert fit.checkpoint.unwrapped == ()
         assert same(model.state_dict(), state)
+        for prefixes in (("module.",), ("_orig_mod.", "module.")):
+            model, file = Net(), held(tmp_path, prefixed(state, "".join(prefixes)))
+            fit = load_checkpoint(model, read_checkpoint(file))
+            assert fit.checkpoint.unwrapped == prefixes
+            assert same(model.state_dict(), state)
 
     def test_a_prefix_of_some_keys_only_is_no_wrapper(self, tmp_path):
         state = small().state_dict()

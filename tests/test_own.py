@@ -1,6 +1,7 @@
 """A network of one's own: named on the command line, checkpointed, and named again later."""
 
 import json
+import pickle
 import re
 import shlex
 import sys
@@ -248,6 +249,20 @@ class TestRecipe:
             attnsurgeon.load_model("made.safetensors", host=host)
         refused("verify", "made.safetensors", "--host", host)
 
+    def test_a_factory_may_return_the_same_network_each_time(self, made):
+        shared = _factory()(width=4)
+        for _ in range(2):
+            again = attnsurgeon.load_model("made.safetensors", host=lambda width: shared)
+            assert len(attnsurgeon.gates(again)) == 2
+        assert not attnsurgeon.gates(shared)
+
+    def test_a_file_is_imported_once_as_long_as_it_stays_as_it_is(self, net):
+        models = [load_host("net.py:build") for _ in range(2)]
+        assert type(models[0]) is type(models[1])
+        assert type(pickle.loads(pickle.dumps(models[0]))) is type(models[0])
+        (net / "net.py").write_text((net / "net.py").read_text() + "\nedited = True\n")
+        assert type(load_host("net.py:build")) is not type(models[0])
+
     def test_one_with_other_keys_or_shapes_is_refused(self, made):
         same_class = type("TinyNet", (nn.Module,), {})
         with pytest.raises(HostUnusable, match="not the one that 'made.safetensors' was made from"):
@@ -402,6 +417,8 @@ class TestFactories:
             ("net.py", ["as net.py:build"]),
             ("missing.py:build", ["there is no file 'missing.py'"]),
             ("missing.nets:build", ["no module is called 'missing.nets'"]),
+            ("net:build.of", ["no factory in 'net' is called 'build.of'"]),
+            ("nets/mine:build", ["no module is called 'nets/mine'", "mean nets/mine.py:NAME?"]),
             ("broken.py:build", ["importing 'broken.py' raised SyntaxError"]),
             ("noisy.py:build", ["importing 'noisy.py' raised ZeroDivisionError", "line 2"]),
             ("wanting.py:build", ["ModuleNotFoundError", "not_there"]),
@@ -413,6 +430,8 @@ class TestFactories:
         (net / "noisy.py").write_text("hello = 3\n1 / 0\n")
         (net / "wanting.py").write_text("import not_there\n")
         (net / "folder.py").mkdir()
+        (net / "nets").mkdir()
+        (net / "nets" / "mine.py").touch()
         refused("insert", model, "--block", "se", says=says)
 
     @pytest.mark.parametrize(

@@ -85,6 +85,20 @@ class TestCommand:
         for key in ("sites", "block", "placement", "parameters", "tensors"):
             assert again[key] == told[key]
 
+    def test_the_kind_of_site_and_modules_named_in_full(self, run, folder):
+        steps = [
+            {"kind": "plain", "block": "se"},
+            {"at": "features.0", "block": "gc"},  # a layer: offered to the step that names it
+            {"block": "se", "stage": 1},
+        ]
+        told = inserted(run, "digits", "--plan", write(steps), "--dry-run")
+        sites = json.loads(run("sites", "digits", "--json").out)
+        plain = [site["path"] for site in sites if site["kind"] == "plain"]
+        first = [s["path"] for s in sites if (s["kind"], s["stage"]) == ("residual", 1)]
+        assert [site["path"] for site in told["sites"]] == [*plain, "features.0", *first]
+        assert told["plan"][0]["kind"] == "plain"
+        assert "kind" not in told["plan"][2]
+
     def test_edited_by_hand(self, run, folder):
         told = inserted(run, "digits", "--block", "se", "--at", "features.5", "--dry-run")
         told["plan"][0]["options"]["reduction"] = 2
@@ -137,6 +151,7 @@ class TestRefused:
             ('[{"block": "se", "stage": 9}]', ["stage 9"]),
             ('[{"block": "se", "stage": "two"}]', ["step 1", "stage[0] is str"]),
             ('[{"block": "se", "every": 0}]', ["step 1", "not 0"]),
+            ('[{"block": "se", "kind": "plane"}]', ["step 1", "'plane'", "'plain'"]),
             ('[{"block": "se", "seed": 1.5}]', ["step 1", "seed is float"]),
             ('[{"block": "se", "placement": "pots"}]', ["step 1", "'pots'", "'post'"]),
             ('[{"block": "se", "placement": "replace"}]', ["step 1", "is for sk"]),
@@ -163,6 +178,7 @@ class TestRefused:
             ("--exclude", "features.5"),
             ("--stage", "2"),
             ("--every", "2"),
+            ("--kind", "plain"),
             ("--placement", "standard"),
             ("--set", "reduction=2"),
         ],

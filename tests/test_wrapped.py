@@ -9,6 +9,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
 from torch.optim.swa_utils import AveragedModel
+from torchvision.models import get_model
+from torchvision.models.resnet import BasicBlock, ResNet
 
 import attnsurgeon
 from attnsurgeon.errors import HostUnusable
@@ -16,11 +18,12 @@ from attnsurgeon.network import plain_network
 from attnsurgeon.sites import find_sites
 from tests import hosts
 
-IMAGE = hosts.image(2)
+IMAGE = hosts.image(2, (32, 32))
 
 
 def resnet():
-    return copy.deepcopy(hosts.host("resnet18"))
+    torch.manual_seed(0)
+    return ResNet(BasicBlock, [1, 1, 1, 1], num_classes=10).eval()
 
 
 @pytest.fixture
@@ -33,7 +36,7 @@ def alone(tmp_path):
 
 def insert(model, **options):
     return attnsurgeon.insert_attention(
-        model, "se", at="layer4.*", example=torch.zeros(1, 3, 64, 64), **options
+        model, "se", at="layer4.*", example=torch.zeros(1, 3, 32, 32), **options
     )
 
 
@@ -46,7 +49,7 @@ def check_taken_out(wrapped, kind):
     assert type(operated) is type(inner)
     assert operated is not inner
     assert torch.equal(operated(IMAGE), inner(IMAGE))
-    assert len(attnsurgeon.gates(operated)) == 2
+    assert len(attnsurgeon.gates(operated)) == 1
     assert not attnsurgeon.gates(inner)
     assert all(torch.equal(inner.state_dict()[key], t) for key, t in before.items())
     assert [s.path for s in find_sites(wrapped)] == [s.path for s in find_sites(inner)]
@@ -80,7 +83,8 @@ class TestTakenOut:
             insert(model)
 
     def test_to_be_saved(self, tmp_path):
-        operated = insert(resnet())
+        small = nn.Sequential(resnet())  # of a class of its own: no registry makes it
+        operated = attnsurgeon.insert_attention(small, "se", at="0.layer4.*")
         attnsurgeon.save_model(operated, tmp_path / "bare.safetensors")
         wrapped = torch.compile(nn.DataParallel(operated), backend="eager")
         attnsurgeon.save_model(wrapped, tmp_path / "wrapped.safetensors")
@@ -88,7 +92,7 @@ class TestTakenOut:
         assert files[0] == files[1]
 
     def test_as_the_host_of_a_file(self, tmp_path):
-        small = nn.Sequential(resnet())  # of a class of its own: no registry makes it
+        small = nn.Sequential(resnet())
         operated = attnsurgeon.insert_attention(small, "se", at="0.layer4.*")
         attnsurgeon.save_model(operated, tmp_path / "x.safetensors")
         again = attnsurgeon.load_model(tmp_path / "x.safetensors", nn.DataParallel(small))
@@ -178,6 +182,16 @@ class TestRefused:
         for refuse in (insert, find_sites):
             with pytest.raises(HostUnusable, match=says):
                 refuse(model)
+
+    @pytest.mark.filterwarnings("ignore:.*deprecated:DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+    def test_but_not_one_that_could_be_quantized(self):
+        model = get_model("quantized_resnet18", weights=None, quantize=False).eval()
+        assert len(find_sites(model, torch.zeros(1, 3, 32, 32))) == 8
+        assert plain_network(model)[0] is model
+        done = get_model("quantized_resnet18", weights=None, quantize=True)
+        with pytest.raises(HostUnusable, match="is quantized"):
+            find_sites(done)
 
     @pytest.mark.parametrize(
         ("make", "remedy"),

@@ -107,23 +107,28 @@ def _is_offered(name: str, value: Any) -> bool:
 
 
 def _from_file(file: Path) -> ModuleType:
+    """Import a file, once as long as it stays as it is: its classes are the same each time."""
     check_readable(file)
     whole = file.resolve()
     digest = hashlib.sha256(str(whole).encode()).hexdigest()[:8]
-    spec = importlib.util.spec_from_file_location(f"{file.stem}_{digest}", whole)
+    name, content = f"{file.stem}_{digest}", whole.read_bytes()
+    known = sys.modules.get(name)
+    if known is not None and known.__dict__.get("_attnsurgeon_read") == content:
+        return known
+    spec = importlib.util.spec_from_file_location(name, whole)
     assert spec is not None  # a .py file has a loader
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    before = sys.modules.get(spec.name)
-    sys.modules[spec.name] = module  # dataclasses and pickle look their module up
+    sys.modules[name] = module  # dataclasses and pickle look their module up
     try:
         with _as_a_script(whole.parent):
             spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
-        sys.modules.pop(spec.name)
-        if before is not None:
-            sys.modules[spec.name] = before
+    except BaseException as error:
+        sys.modules.pop(name)
+        if not isinstance(error, Exception | SystemExit):
+            raise
         raise _raised(f"importing {str(file)!r}", error, whole) from error
+    module.__dict__["_attnsurgeon_read"] = content
     return module
 
 
@@ -133,7 +138,9 @@ def _from_module(place: str) -> ModuleType:
             return importlib.import_module(place)
     except ModuleNotFoundError as error:
         if error.name is not None and f"{place}.".startswith(f"{error.name}."):
-            raise UnknownName("module", place, ()) from error
+            file = Path(f"{place.replace('.', '/')}.py")
+            hint = f"; did you mean {file}:NAME?" if file.is_file() else ""
+            raise UnknownName("module", place, (), hint) from error
         raise _raised(f"importing {place!r}", error) from error
     except (Exception, SystemExit) as error:
         raise _raised(f"importing {place!r}", error) from error
