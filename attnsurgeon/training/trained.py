@@ -41,7 +41,7 @@ def _reason(model: nn.Module, keys: Iterable[str]) -> str:
         if not host <= set(keys):
             return ""
         return (
-            "is of the plain host: it has none of the attention; give it to "
+            f"is of the plain host: all attention is missing, the first {min(own)}; give it to "
             "`attnsurgeon insert HOST --checkpoint`, or a checkpoint of the operated network"
         )
     apart = sorted(own ^ found)
