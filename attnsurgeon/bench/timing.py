@@ -74,7 +74,7 @@ class Runner:
 Tell = Callable[[float, Race], None]
 
 
-def race(runners: Sequence[Runner], seconds: float, tell: Tell = lambda share, race: None) -> Race:
+def race(runners: Sequence[Runner], seconds: float, tell: Tell | None = None) -> Race:
     """Time all runners in alternating blocks for about `seconds` in all, moving included.
 
     However slow they are, each gets MIN_ROUNDS timed calls. Where the last rounds disagree with
@@ -118,7 +118,8 @@ def race(runners: Sequence[Runner], seconds: float, tell: Tell = lambda share, r
                         if len(passes) == 1 and _now_s() >= until:
                             break  # too slow for that: the next round begins with the other order
                 rounds.append(tuple(passes))
-                tell(min(1.0, len(rounds) / planned), found())
+                if tell is not None:
+                    tell(min(1.0, len(rounds) / planned), found())
         except KeyboardInterrupt:
             if len(rounds) < 2:
                 raise
