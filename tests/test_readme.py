@@ -79,3 +79,9 @@ def test_links_lead_somewhere(link):
 
 def test_the_picture_is_an_svg():
     assert (ROOT / "examples" / "terminal.svg").read_text(encoding="utf-8").startswith("<svg")
+
+
+def test_the_table_of_networks_is_what_was_observed():
+    from examples.models_table import markdown_table
+
+    assert markdown_table() in README
