@@ -13,7 +13,7 @@ from torch import nn
 
 from attnsurgeon.card import HostCard, card_of, give_card
 from attnsurgeon.liveness import Liveness
-from attnsurgeon.network import plain_network
+from attnsurgeon.network import check_has_numbers, plain_network
 from attnsurgeon.plan import Plan, as_patterns
 from attnsurgeon.probes import probe_inputs
 from attnsurgeon.sites import as_inputs
@@ -51,8 +51,10 @@ def operate(model: nn.Module, plan: Plan, example: tuple[Any, ...]) -> tuple[Ver
     """Make the cuts of a plan in this very model, and prove that nothing changed.
 
     Raises:
+        HostUnusable: the model has no numbers, or does not run.
         IdentityBroken: it did, or a gate cannot learn; the model is not to be used then.
     """
+    check_has_numbers(model)
     inputs = probe_inputs(model, example)
     verdict, liveness = keep_promises(model, lambda: apply_plan(model, plan), inputs)
     give_certificate(
