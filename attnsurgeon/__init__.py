@@ -16,6 +16,13 @@ _PUBLIC = {
     "remove_attention": "surgery",
     "gates": "gate",
     "verify_unchanged": "verify",
+    "parameter_groups": "training",
+    "check_optimizer": "training",
+    "freeze_host": "training",
+    "unfreeze_host": "training",
+    "GateSchedule": "training",
+    "project_gates": "training",
+    "strip_gates": "training",
     "save_model": "store",
     "load_model": "store",
     "naming_host": "host",
@@ -40,7 +47,7 @@ if TYPE_CHECKING:
     from attnsurgeon.errors import AttnSurgeonError as AttnSurgeonError
     from attnsurgeon.export import Artifact as Artifact
     from attnsurgeon.export import export_model as export_model
-    from attnsurgeon.gate import named_gates as gates  # noqa: F401
+    from attnsurgeon.gate import named_gates
     from attnsurgeon.host import naming_host as naming_host
     from attnsurgeon.operation import insert_attention as insert_attention
     from attnsurgeon.operation import insert_plan as insert_plan
@@ -51,8 +58,17 @@ if TYPE_CHECKING:
     from attnsurgeon.store import load_model as load_model
     from attnsurgeon.store import save_model as save_model
     from attnsurgeon.surgery import remove_attention as remove_attention
+    from attnsurgeon.training import GateSchedule as GateSchedule
+    from attnsurgeon.training import check_optimizer as check_optimizer
+    from attnsurgeon.training import freeze_host as freeze_host
+    from attnsurgeon.training import parameter_groups as parameter_groups
+    from attnsurgeon.training import project_gates as project_gates
+    from attnsurgeon.training import strip_gates as strip_gates
+    from attnsurgeon.training import unfreeze_host as unfreeze_host
     from attnsurgeon.verify import Verdict as Verdict
     from attnsurgeon.verify import verify_unchanged as verify_unchanged
+
+    gates = named_gates
 
 
 def __getattr__(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What a user can put right, and the two promises that can break.
+"""What a user can put right, and the promises that can break.
 
 AttnSurgeonError                  exit 2: one line: what happened, to which thing, what to type next
 ├── UnknownName (LookupError)     a model, block, weight, option or placement that does not exist
@@ -12,10 +12,13 @@ AttnSurgeonError                  exit 2: one line: what happened, to which thin
 ├── BadFile (ValueError)          a file that is not what it should be
 ├── OutputRefused (OSError)       an output that cannot or must not be written
 ├── MissingPackage (ImportError)  an optional or known-bad package
+├── OptimizerMismatch (ValueError)  an optimiser that would not train the network it is given
+├── GateLost (ArithmeticError)      a gate that became NaN or infinite in training
 ├── ExportRefused (RuntimeError)  a network that the exporter cannot take
 ├── EngineUnavailable (RuntimeError) a bench engine or device that is not there, or fell back
 ├── IdentityBroken (ArithmeticError) exit 3: an output changed, or a gate cannot learn
-└── ExportDiffers (ArithmeticError) exit 4: the file does not compute what the model computes
+├── ExportDiffers (ArithmeticError) exit 4: the file does not compute what the model computes
+└── TooSlow (RuntimeError)        exit 5: slower than before by more than was allowed
 """
 
 from __future__ import annotations
@@ -97,6 +100,14 @@ class MissingPackage(AttnSurgeonError, ImportError):
     """A package that is not installed, or in a version known to be wrong."""
 
 
+class OptimizerMismatch(AttnSurgeonError, ValueError):
+    """An optimiser that would not train the network it is given."""
+
+
+class GateLost(AttnSurgeonError, ArithmeticError):
+    """A gate that became NaN or infinite in training."""
+
+
 class ExportRefused(AttnSurgeonError, RuntimeError):
     """A network that the exporter cannot take as asked."""
 
@@ -115,3 +126,9 @@ class ExportDiffers(AttnSurgeonError, ArithmeticError):
     """The written file does not compute what the model computes: it is removed."""
 
     exit_code = 4
+
+
+class TooSlow(AttnSurgeonError, RuntimeError):
+    """A result became slower than an earlier one by more than was allowed."""
+
+    exit_code = 5

@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from attnsurgeon.errors import IdentityBroken
+from attnsurgeon.errors import HostUnusable, IdentityBroken
 from attnsurgeon.export.proof import gate_values, gates_at
 from attnsurgeon.host import Given
 from attnsurgeon.liveness import Liveness, check_liveness
+from attnsurgeon.origin import sha256_of
 from attnsurgeon.probes import probe_inputs
-from attnsurgeon.recipe import sha256_of
 from attnsurgeon.store import load_model, load_plain, read_recipe
 from attnsurgeon.verify import Verdict, compare, record
 
@@ -60,10 +60,15 @@ def inspect_file(path: str | os.PathLike[str], host: Given | None = None) -> Ins
         host: see load_model.
 
     Raises:
-        BadFile, HostUnusable, MissingPackage: see load_model.
+        BadFile, HostUnusable, MissingPackage: see load_model; or its gates were stripped.
         IdentityBroken: a tensor is not the recorded one, an output differs, or a gate is dead.
     """
     recipe = read_recipe(path)
+    if recipe.stripped:
+        raise HostUnusable(
+            f"{str(path)!r} was stripped of its gates: nothing can be closed and "
+            "held to its host; verify the file it was stripped from"
+        )
     operated, plain = load_model(path, host), load_plain(path, host)
     state = operated.state_dict()
     wrong = [k for k, digest in recipe.sha256.items() if sha256_of(state[k]) != digest]

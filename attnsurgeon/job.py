@@ -9,7 +9,8 @@ from typing import Any
 
 from torch import nn
 
-from attnsurgeon.checkpoint import load_checkpoint, read_checkpoint
+from attnsurgeon import blocks
+from attnsurgeon.checkpoint import read_checkpoint
 from attnsurgeon.errors import BadOption, HostUnusable, IdentityBroken
 from attnsurgeon.export import export_model, export_suffixes
 from attnsurgeon.export.format import format_for
@@ -27,17 +28,20 @@ from attnsurgeon.host import (
 from attnsurgeon.insertion import Insertion, count_new, cut_costs
 from attnsurgeon.network import check_has_numbers
 from attnsurgeon.operation import operate
+from attnsurgeon.origin import sha256_of
 from attnsurgeon.outputs import check_output
 from attnsurgeon.plan import Plan
-from attnsurgeon.recipe import sha256_of
 from attnsurgeon.sites import Site, as_inputs, find_sites
 from attnsurgeon.sources import own, source_of
 from attnsurgeon.steps import Step, load_steps, plan_steps
 from attnsurgeon.store import is_model_file, load_model, save_model
 from attnsurgeon.surgery import attention_paths, count_parameters, is_new_key
+from attnsurgeon.training.trained import load_trained
 
 SAVED = ".safetensors"
-_OF_A_STEP = ("block", "at", "exclude", "stages", "every", "kind", "placement", "options")
+_OF_A_STEP = (
+    *("block", "at", "exclude", "stages", "every", "kind", "placement", "options", "stack"),
+)
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,7 @@ class InsertJob:
     inputs: tuple[str, ...] = ()
     host: str | None = None
     seed: int = 0
+    stack: bool = False
     dry_run: bool = False
     force: bool = False
 
@@ -92,6 +97,7 @@ class InsertJob:
             placement=self.placement,
             options=self.options,
             seed=self.seed,
+            stack=self.stack,
         )
         return (step.checked(),)
 
@@ -159,7 +165,7 @@ def open_target(
     loaded = load_model(model, host)
     fit = None
     if checkpoint is not None:
-        fit = load_checkpoint(loaded, read_checkpoint(checkpoint, checkpoint_key))
+        fit = load_trained(loaded, read_checkpoint(checkpoint, checkpoint_key))
     return finish(Host(loaded, fit), inputs)
 
 
@@ -235,8 +241,8 @@ def _output(job: InsertJob, steps: Sequence[Step]) -> Path:
     Raises:
         UnknownName: the suffix is of no format.
     """
-    blocks = "_".join(dict.fromkeys(step.block for step in steps))
-    output = job.output or Path(f"{_short_name(job.model)}_{blocks}{SAVED}")
+    labels = "_".join(dict.fromkeys(blocks.label(step.block) for step in steps))
+    output = job.output or Path(f"{_short_name(job.model)}_{labels}{SAVED}")
     if output.suffix.lower() != SAVED:
         format_for(output) if output.suffix.lower() in export_suffixes() else _refuse(output)
     return output

@@ -14,6 +14,7 @@ from torch import nn
 from attnsurgeon.card import HostCard, card_of, give_card
 from attnsurgeon.liveness import Liveness
 from attnsurgeon.network import check_has_numbers, plain_network
+from attnsurgeon.origin import fingerprints, give_origin, origin_of
 from attnsurgeon.plan import Plan, as_patterns
 from attnsurgeon.probes import probe_inputs
 from attnsurgeon.sites import as_inputs
@@ -51,10 +52,9 @@ def operate(model: nn.Module, plan: Plan, example: tuple[Any, ...]) -> tuple[Ver
     """Make the cuts of a plan in this very model, and prove that nothing changed.
 
     Raises:
-        HostUnusable: the model has no numbers, or does not run.
+        HostUnusable: the model does not run.
         IdentityBroken: it did, or a gate cannot learn; the model is not to be used then.
     """
-    check_has_numbers(model)
     inputs = probe_inputs(model, example)
     verdict, liveness = keep_promises(model, lambda: apply_plan(model, plan), inputs)
     give_certificate(
@@ -75,6 +75,7 @@ def insert_attention(
     placement: str = "post",
     example: Any = None,
     seed: int = 0,
+    stack: bool = False,
     **options: Any,
 ) -> nn.Module:
     """Return a copy of a model with attention at its sites, behind closed gates.
@@ -85,7 +86,8 @@ def insert_attention(
     Args:
         model: any network; see find_sites. One that is compiled or wrapped for parallel training
             is taken out of that, with a warning, and so the copy is neither.
-        block: name of the attention: se, cbam, sk, gc, or another of blocks.names().
+        block: name of the attention: se, cbam, sk, gc, or another of blocks.names(); a class of
+            your own as path/to/file.py:Class; a layer of timm as timm:NAME.
         at: shell patterns on the dotted path of a block; each must match.
         exclude: shell patterns of blocks to leave out.
         stage: stages to choose from, numbered from 1 by feature size.
@@ -96,10 +98,11 @@ def insert_attention(
         example: an input, or a tuple of inputs; by default that of the network's card, or a
             (1, C, 224, 224) image batch.
         seed: of the new weights; the same seed gives the same weights.
+        stack: put it behind the same block at the same place too, instead of refusing that.
         **options: of the block, such as reduction=8.
 
     Raises:
-        AttnSurgeonError: see make_plan and find_sites.
+        AttnSurgeonError: see Step.checked, make_plan and find_sites.
         IdentityBroken: an output changed or a gate cannot learn.
 
     Example:
@@ -120,8 +123,9 @@ def insert_attention(
         placement=placement,
         options=options,
         seed=seed,
+        stack=stack,
     )
-    return _insert(model, (step,), example)
+    return _insert(model, (step.checked(),), example)
 
 
 def insert_plan(model: nn.Module, plan: Any, *, example: Any = None, seed: int = 0) -> nn.Module:
@@ -154,11 +158,14 @@ def insert_plan(model: nn.Module, plan: Any, *, example: Any = None, seed: int =
 
 def _insert(model: nn.Module, steps: tuple[Step, ...], example: Any) -> nn.Module:
     model, notices = plain_network(model)
+    check_has_numbers(model)
     for notice in notices:
         warnings.warn(notice, stacklevel=3)
     inputs = as_inputs(model, example)
     plan = plan_steps(model, inputs, steps)
     operated = copy.deepcopy(model)
+    if origin_of(model) is None:
+        give_origin(operated, fingerprints(model))
     operate(operated, plan, inputs)
     remember_input(operated, inputs)
     return operated

@@ -138,6 +138,7 @@ def make_plan(
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
     before: Sequence[Cut] = (),
+    stack: bool = False,
 ) -> Plan:
     """Choose sites by kind, pattern, stage and step, and plan the same attention at each.
 
@@ -155,12 +156,14 @@ def make_plan(
         options: of the block.
         seed: of the new weights.
         before: cuts that will be made before these.
+        stack: take sites too that have the same block at the same placement already.
 
     Raises:
         UnknownName: no such block, placement or option.
         BadOption: a value out of range.
         PatternUnmatched: a pattern or stage that no site has.
-        PlacementUnavailable: a site named in full, or all sites, do not have the placement.
+        PlacementUnavailable: a site named in full, or all sites, do not have the placement, or
+            have this block there already.
         NoSites: nothing is left to operate on.
     """
     values = check_request(block, placement=placement, every=every, kind=kind, options=options)
@@ -170,6 +173,8 @@ def make_plan(
     skipped: dict[str, str] = {}
     for site in chosen:
         try:
+            if not stack:
+                _refuse_twin(model, site, block, placement, before)
             cuts.append(_plan_cut(model, site, block, placement, values, seed, before))
         except PlacementUnavailable as error:
             if site.path in literal:
@@ -233,6 +238,20 @@ def _plan_cut(
         child = f"{spot.splice.child}_{number}"
     splice = Splice(**{**asdict(spot.splice), "child": child})
     return Cut(site.path, placement, block, options, spot.place, spot.shape, splice, seed)
+
+
+def _refuse_twin(
+    model: nn.Module, site: Site, block: str, placement: str, before: Sequence[Cut]
+) -> None:
+    place = re.compile(rf"attention_{placement}(_[0-9]+)?")
+    children = model.get_submodule(site.path).named_children()
+    is_there = any(place.fullmatch(n) and isinstance(c, blocks.get(block)) for n, c in children)
+    wanted = (site.path, placement, block)
+    if is_there or wanted in {(cut.path, cut.placement, cut.block) for cut in before}:
+        raise PlacementUnavailable(
+            f"{site.path} has {block} at {placement!r} already; give --stack (stack=True) to "
+            "put another behind it, or choose other sites by --at or --exclude"
+        )
 
 
 def as_patterns(patterns: str | Iterable[str]) -> list[str]:

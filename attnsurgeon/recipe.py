@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from attnsurgeon import gate
 from attnsurgeon.card import HostCard
@@ -33,6 +29,9 @@ class Recipe:
         certificate: what was shown at insertion (operation.Certificate as JSON), or None.
         sha256: original key -> SHA-256 of the tensor's bytes, as saved.
         gate: name of the gate's form.
+        origin: original key -> SHA-256 before training, of the tensors that changed since.
+        only: "attention" where the file holds just what was inserted and what moved.
+        stripped: paths of the attention whose gates were taken out at 1.
         versions: of the packages that made the file.
     """
 
@@ -42,9 +41,13 @@ class Recipe:
     sha256: Mapping[str, str] = field(default_factory=dict)
     gate: str = gate.FORM
     versions: Mapping[str, str] = field(default_factory=lambda: package_versions())
+    origin: Mapping[str, str] = field(default_factory=dict)
+    only: str | None = None
+    stripped: tuple[str, ...] = ()
 
     def dumps(self) -> str:
         """Return the recipe as JSON; the same recipe gives the same text."""
+        later = {"origin": dict(self.origin), "only": self.only, "stripped": self.stripped}
         return json.dumps(
             {
                 "format": FORMAT,
@@ -54,6 +57,7 @@ class Recipe:
                 "certificate": self.certificate,
                 "sha256": dict(self.sha256),
                 "versions": dict(self.versions),
+                **{name: value for name, value in later.items() if value},
             },
             sort_keys=True,
             ensure_ascii=False,
@@ -87,6 +91,9 @@ class Recipe:
                 certificate=shown.to_json() if shown is not None else None,
                 sha256=written.sha256,
                 versions=written.versions,
+                origin=written.origin,
+                only=written.only,
+                stripped=written.stripped,
             )
         except (AttnSurgeonError, ValueError, RecursionError) as error:
             raise BadFile(f"the recipe of {source} cannot be read: {error}") from error
@@ -102,14 +109,11 @@ class _Written:
     certificate: Certificate | None
     sha256: Mapping[str, str]
     versions: Mapping[str, str]
+    origin: Mapping[str, str] = field(default_factory=dict)
+    only: str | None = None
+    stripped: tuple[str, ...] = ()
 
 
 def package_versions() -> dict[str, str]:
     """Return the versions of the packages that decide what is computed."""
     return {name: version(name) for name in ("attnsurgeon", "torch", "torchvision")}
-
-
-def sha256_of(tensor: Tensor) -> str:
-    """Return the SHA-256 of a tensor's elements in row-major order."""
-    plain = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
-    return hashlib.sha256(memoryview(plain.numpy())).hexdigest()  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from attnsurgeon import blocks
 from attnsurgeon.checkpoint import check_readable
 from attnsurgeon.errors import AttnSurgeonError, BadFile, BadOption, UnknownName
 from attnsurgeon.plan import Cut, Plan, check_request, make_plan, named_layers
@@ -39,6 +40,7 @@ class Step:
     placement: str = "post"
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
+    stack: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values that `read_steps` reads; what chooses nothing is left out."""
@@ -52,23 +54,27 @@ class Step:
             del plain["every"]
         if self.kind is None:
             del plain["kind"]
+        if not self.stack:
+            del plain["stack"]
         return plain
 
     def checked(self) -> Step:
-        """Return the step with its options as the block takes them.
+        """Return the step with its options as the block takes them; a class in a file is loaded.
 
         Raises:
+            BadFile: the file of a block cannot be run.
             UnknownName, BadOption, PlacementUnavailable: no network could satisfy it; see
                 make_plan.
         """
+        block = blocks.learn(self.block)
         options = check_request(
-            self.block,
+            block,
             placement=self.placement,
             every=self.every,
             kind=self.kind,
             options=self.options,
         )
-        return replace(self, options=options)
+        return replace(self, block=block, options=options)
 
 
 def load_steps(path: str | os.PathLike[str], seed: int = 0) -> tuple[Step, ...]:
@@ -203,6 +209,7 @@ def plan_steps(model: nn.Module, inputs: tuple[Any, ...], steps: Iterable[Step])
             options=step.options,
             seed=step.seed,
             before=cuts,
+            stack=step.stack,
         )
         cuts += plan.cuts
         attended.update(dict.fromkeys(plan.attended))

@@ -21,15 +21,19 @@ from attnsurgeon.errors import (
     CheckpointMismatch,
     HostUnusable,
     MissingPackage,
+    WeightsUnavailable,
 )
 from attnsurgeon.host import Given, given_host, host_names, host_of
 from attnsurgeon.network import unwrap
 from attnsurgeon.operation import Certificate, certificate_of, give_certificate
+from attnsurgeon.origin import fingerprints, give_origin, origin_of
 from attnsurgeon.outputs import atomic_output
 from attnsurgeon.plan import Plan
-from attnsurgeon.recipe import Recipe, sha256_of
+from attnsurgeon.recipe import Recipe
 from attnsurgeon.sources import timm_models, torchvision_models
 from attnsurgeon.surgery import apply_plan, attention_paths, cuts_of, is_new_key, remove_attention
+from attnsurgeon.training.delta import complete, select_moved
+from attnsurgeon.training.stripping import take_gates, ungated
 
 DEPLOYED = (".onnx", ".pt", ".pth", ".ckpt")
 """Suffixes that mean a file, though not one that a network is loaded from."""
@@ -37,20 +41,37 @@ KEY = "attnsurgeon"
 """The one metadata key; with two, their order in the file would be left to chance."""
 
 
-def save_model(model: nn.Module, path: str | os.PathLike[str], *, force: bool = False) -> Recipe:
+def save_model(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    only: str | None = None,
+    force: bool = False,
+) -> Recipe:
     """Write an operated network to a safetensors file with its recipe.
 
     The original tensors stand under their original keys, byte for byte. The file is whole or
     not there; the same model gives the same bytes. Of a compiled or parallel one, that inside.
 
+    Args:
+        model: an operated network, not wrapped.
+        path: to write, in .safetensors.
+        only: "attention" leaves out the host's tensors that are what they were at the insertion:
+            a small file for a host that was frozen, loaded onto the same host again.
+        force: replace an existing file.
+
     Raises:
-        HostUnusable: the model was not operated on.
+        HostUnusable: the model was not operated on, or with `only` its host was trained too.
+        BadOption: `only` is something else.
         OutputRefused: the file cannot be written, or exists and `force` is not given.
     """
     model, _ = unwrap(model)
     recipe = make_recipe(model)
+    state = model.state_dict()
+    if only is not None:
+        recipe, state = select_moved(model, recipe, only)
     with atomic_output(path, force=force) as part:
-        save_file(_separate(model.state_dict()), part, metadata={KEY: recipe.dumps()})
+        save_file(_separate(state), part, metadata={KEY: recipe.dumps()})
     return recipe
 
 
@@ -58,24 +79,34 @@ def make_recipe(model: nn.Module) -> Recipe:
     """Return the recipe of an operated network as it stands.
 
     Raises:
-        HostUnusable: the model was not operated on.
+        HostUnusable: the model was not operated on, is wrapped, or its tensors are sharded.
     """
     cuts = cuts_of(model)
+    if not cuts and attention_paths(model):
+        raise HostUnusable(
+            f"this {type(model).__name__} wraps an operated network; save the network itself, such "
+            "as model.module (of a compiled one model._orig_mod)"
+        )
     if not cuts:
         raise HostUnusable(
             f"this {type(model).__name__} has no attention of attnsurgeon; insert_attention first"
         )
-    paths = attention_paths(model)
+    if any(hasattr(parameter, "full_tensor") for parameter in model.parameters()):
+        raise HostUnusable(
+            f"the tensors of this {type(model).__name__} are sharded; gather them with "
+            "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True)), load "
+            "them into load_model(FILE), and save that"
+        )
     certificate = certificate_of(model)
+    sha256 = fingerprints(model)
+    origin = origin_of(model) or {}
     return Recipe(
         host=_host_card(model),
         cuts=cuts,
         certificate=certificate.to_json() if certificate else None,
-        sha256={
-            key: sha256_of(tensor)
-            for key, tensor in model.state_dict().items()
-            if not is_new_key(key, paths)
-        },
+        sha256=sha256,
+        origin={key: was for key, was in origin.items() if sha256.get(key, was) != was},
+        stripped=ungated(model),
     )
 
 
@@ -159,30 +190,36 @@ def load_model(path: str | os.PathLike[str], host: Given | None = None) -> nn.Mo
         host: where it is a network of your own: the network (it is left untouched), what returns
             it with the arguments that the file records, or the text that names that, as
             `path/to/file.py:factory` or `package.module:factory`. It is checked against the
-            file: class, keys, shapes and kinds of numbers.
+            file: class, keys, shapes and kinds of numbers. For a file of the attention only, the
+            network with the weights that the attention was trained on, unless those are
+            published ones.
 
     Raises:
         BadFile: the file is damaged, of a newer format, or its recipe does not fit its tensors.
-        HostUnusable: the host is your own and was not given, or another one was given.
+        HostUnusable: the host is your own and was not given, or another one was given: of
+            another class, or for a file of the attention only with other tensors.
         MissingPackage: the host is timm's, which is not installed.
+        WeightsUnavailable: the published weights of a file of the attention only.
     """
     recipe = read_recipe(path)
     source = repr(str(path))
     host = given_host(recipe.host, host)
     plain = None if host is None else host_of(recipe.host, host)
     try:
-        state = load_file(path)
+        state = _read_state(path, recipe, plain)
         _rehearse(plain, recipe, state, source)
         model = _new_host(plain, recipe)
         apply_plan(model, Plan(recipe.cuts))
+        take_gates(model, recipe.stripped)
         load_state(model, state, source)
     except SafetensorError as error:
         raise BadFile(f"{source} is damaged: {error}") from error
-    except (HostUnusable, MissingPackage):
+    except (HostUnusable, MissingPackage, WeightsUnavailable):
         raise
     except AttnSurgeonError as error:
         raise _unfit(error, source, plain) from error
     give_card(model, recipe.host)
+    give_origin(model, {**recipe.sha256, **recipe.origin})
     if recipe.certificate is not None:
         give_certificate(model, Certificate(**recipe.certificate))
     return model.eval()
@@ -196,6 +233,14 @@ def _unfit(error: AttnSurgeonError, source: str, plain: nn.Module | None) -> Att
     if isinstance(error, CheckpointMismatch):
         return BadFile(f"the recipe of {source} does not fit its tensors: {error}")
     return BadFile(f"the recipe of {source} does not fit: {error}")
+
+
+def _read_state(
+    path: str | os.PathLike[str], recipe: Recipe, host: nn.Module | None
+) -> dict[str, Tensor]:
+    """Return all tensors of the operated network, the host's from the host if it must be so."""
+    state = load_file(path)
+    return state if recipe.only is None else complete(state, recipe, host, repr(str(path)))
 
 
 def _rehearse(
@@ -216,6 +261,7 @@ def _rehearse(
             model = copy.deepcopy(plain)
     with weights_on_meta():
         apply_plan(model, Plan(recipe.cuts))
+        take_gates(model, recipe.stripped)
     fit_state(model, state, source)
     paths = attention_paths(model)
     if {key for key in state if not is_new_key(key, paths)} != set(recipe.sha256):
@@ -234,12 +280,13 @@ def load_plain(path: str | os.PathLike[str], host: Given | None = None) -> nn.Mo
     """Return the untouched host of a file with its original tensors.
 
     Raises:
-        BadFile, HostUnusable, MissingPackage: see load_model.
+        BadFile, HostUnusable, MissingPackage, WeightsUnavailable: see load_model.
     """
     recipe = read_recipe(path)
     host = given_host(recipe.host, host)
     model = _new_host(None if host is None else host_of(recipe.host, host), recipe)
     keys = model.state_dict().keys()
-    load_state(model, {k: t for k, t in load_file(path).items() if k in keys}, repr(str(path)))
+    state = _read_state(path, recipe, model if host is not None else None)
+    load_state(model, {k: t for k, t in state.items() if k in keys}, repr(str(path)))
     give_card(model, recipe.host)
     return model.eval()

@@ -81,18 +81,33 @@ def remove_attention(model: nn.Module, at: str | Iterable[str] = "*") -> nn.Modu
     Raises:
         PatternUnmatched: a pattern that matches no operated site.
     """
-    cuts = cuts_of(model)
+    return without_cuts(model, cuts_at(model, at))
+
+
+def cuts_at(model: nn.Module, at: str | Iterable[str]) -> list[Cut]:
+    """Return the cuts at the sites that match a pattern.
+
+    Raises:
+        PatternUnmatched: a pattern that matches no operated site.
+    """
+    cuts, patterns = cuts_of(model), as_patterns(at)
     paths = [cut.path for cut in cuts]
-    for pattern in as_patterns(at):
+    for pattern in patterns:
         if not fnmatch.filter(paths, pattern):
             raise PatternUnmatched(
                 f"{pattern!r} matches none of the {len(paths)} operated sites"
                 f"{nearest(pattern, paths)}"
             )
+    return [cut for cut in cuts if any(fnmatch.fnmatchcase(cut.path, p) for p in patterns)]
+
+
+def without_cuts(model: nn.Module, unwanted: Iterable[Cut]) -> nn.Module:
+    """Return a copy of the model without the attention of these of its cuts."""
+    children = {cut.child for cut in unwanted}
     bare = copy.deepcopy(model)
     kept = []
-    for cut in cuts:
-        if any(fnmatch.fnmatchcase(cut.path, pattern) for pattern in as_patterns(at)):
+    for cut in cuts_of(model):
+        if cut.child in children:
             _detach(bare, cut)
         else:
             kept.append(cut)
@@ -130,7 +145,9 @@ def build_attention(model: nn.Module, cut: Cut) -> AttentionBlock:
     like = next(
         (p for p in _parameters_near(model, cut.path) if p.is_floating_point()), torch.empty(0)
     )
-    return attention.to(device=like.device, dtype=like.dtype)
+    attention = attention.to(device=like.device, dtype=like.dtype)
+    blocks.try_out(cut.block, attention, cut.place, cut.sizes)
+    return attention
 
 
 def _parameters_near(model: nn.Module, path: str) -> Iterable[torch.Tensor]:

@@ -12,6 +12,9 @@ import torch
 from typer.testing import CliRunner
 
 from attnsurgeon.cli import app
+from attnsurgeon.export.onnx import write_onnx
+from attnsurgeon.export.torchscript import make_torchscript
+from tests.networks import SIZES, Tiny
 
 TERMINAL = ("FORCE_COLOR", "NO_COLOR", "PY_COLORS", "GITHUB_ACTIONS", "TTY_COMPATIBLE", "COLUMNS")
 PROGRESS = re.compile(r"(loading|watching|inserting|writing|translating|checking) \S")
@@ -112,3 +115,20 @@ def refused(run, folder):
         return outcome.error
 
     return check
+
+
+@pytest.fixture(scope="session")
+def tiny_onnx(tmp_path_factory):
+    """Return the .onnx file of a network that is soon run."""
+    path = tmp_path_factory.mktemp("onnx") / "tiny.onnx"
+    write_onnx(Tiny().eval(), (torch.randn(2, 3, 20, 24),), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def tiny_script(tmp_path_factory):
+    """Return its TorchScript file, which tells its input size."""
+    path = tmp_path_factory.mktemp("script") / "tiny.pt"
+    module = make_torchscript(Tiny().eval(), (torch.randn(2, 3, 20, 24),))
+    module.save(str(path), _extra_files={"input_size": SIZES})
+    return path

@@ -202,7 +202,9 @@ class TestRecipe:
 
     def test_others_are_written_and_read(self):
         place = self.cut["place"] | {"dims": 3, "stride": [1, 2, 2]}
-        cut = Cut.from_json(self.cut | {"place": place})
+        splice = self.cut["splice"] | {"layout": "NCDHW"}
+        changes = {"place": place, "splice": splice, "shape": [1, 64, 4, 8, 8]}
+        cut = Cut.from_json(self.cut | changes)
         assert cut.place == Place(64, stride=(1, 2, 2), dims=3)
         assert Cut.from_json(cut.to_json()) == cut
 

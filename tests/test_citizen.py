@@ -43,6 +43,7 @@ def operate(name, opened=True):
             block,
             placement=placement,
             every=2,
+            stack=True,
             # The default leaves so few hidden units that all can be off for two images.
             options={} if block == "sk" else {"reduction": 2},
         ).cuts

@@ -10,6 +10,7 @@ from torch import nn
 
 import attnsurgeon
 from attnsurgeon.errors import (
+    BadFile,
     BadOption,
     ExportDiffers,
     ExportRefused,
@@ -18,20 +19,20 @@ from attnsurgeon.errors import (
     UnknownName,
 )
 from attnsurgeon.export import onnx as onnx_format
-from attnsurgeon.export import torchscript
+from attnsurgeon.export import onnx_runtime
 from attnsurgeon.export.format import format_for
-from attnsurgeon.export.proof import compare_outputs, gate_values, opened_values
+from attnsurgeon.export.onnx_runtime import newest_ir, newest_opset
+from attnsurgeon.export.torchscript import load_torchscript
 from attnsurgeon.host import load_host
 from attnsurgeon.recipe import Recipe
+from tests import exports
 
-SUFFIXES = [".onnx", ".pt"]
+SUFFIXES = [".onnx", ".pt", ".pt2"]
 
 
 @pytest.fixture(scope="module")
 def operated():
-    return attnsurgeon.insert_attention(
-        load_host("digits"), "se", reduction=4, example=torch.zeros(1, 3, 32, 32)
-    )
+    return exports.tiny()
 
 
 def state_of(model):
@@ -77,7 +78,8 @@ def test_the_attention_stays_in_the_graph(operated, tmp_path):
     assert kinds.count("Sigmoid") == len(attnsurgeon.gates(operated))
 
 
-def test_what_a_deployer_needs_is_in_the_file(operated, tmp_path):
+def test_what_a_deployer_needs_is_in_the_file(tmp_path):
+    operated = attnsurgeon.insert_attention(load_host("digits"), "se", at="features.3")
     attnsurgeon.export_model(operated, tmp_path / "x.onnx")
     model = onnx.load(tmp_path / "x.onnx")
     props = {prop.key: prop.value for prop in model.metadata_props}
@@ -91,7 +93,7 @@ def test_what_a_deployer_needs_is_in_the_file(operated, tmp_path):
     assert (image.name, dims) == ("input", ["batch", 3, "height", "width"])
 
 
-@pytest.mark.parametrize("opset", [18, 20, 22])
+@pytest.mark.parametrize("opset", [17, 18, 22])
 def test_the_opset_is_the_one_asked_for(operated, tmp_path, opset):
     artifact = attnsurgeon.export_model(operated, tmp_path / "x.onnx", opset=opset)
     assert artifact.opset == opset
@@ -102,8 +104,8 @@ def test_the_opset_is_the_one_asked_for(operated, tmp_path, opset):
 def test_static_fixes_the_axes(operated, tmp_path):
     artifact = attnsurgeon.export_model(operated, tmp_path / "x.onnx", static=True)
     assert not artifact.dynamic
-    fixed = onnx_format.Onnx().fixed_axes(tmp_path / "x.onnx")
-    assert fixed == ["input.batch", "input.height", "input.width"]
+    fixed = onnx_format.Onnx().open(tmp_path / "x.onnx").fixed_axes
+    assert fixed == ("input.batch", "input.height", "input.width")
 
 
 def test_input_size(operated, tmp_path):
@@ -123,184 +125,6 @@ def test_trained_gates_are_checked_as_they_are(operated, tmp_path):
         torch.testing.assert_close(run((image,))[0], trained(image), rtol=1e-4, atol=1e-4)
 
 
-def edit_onnx(path, edit):
-    model = onnx.load(path)
-    edit(model.graph)
-    onnx.save(model, path)
-
-
-def shift_a_weight(graph):
-    weights = max(graph.initializer, key=lambda tensor: len(tensor.raw_data))
-    array = onnx.numpy_helper.to_array(weights).copy()
-    array.flat[::2] *= 1.05
-    weights.CopyFrom(onnx.numpy_helper.from_array(array, weights.name))
-
-
-def flatten_attention(graph):
-    for tensor in graph.initializer:
-        if "excite" in tensor.name:
-            array = onnx.numpy_helper.to_array(tensor) * 0
-            tensor.CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
-
-
-def fix_the_batch(graph):
-    graph.input[0].type.tensor_type.shape.dim[0].dim_value = 2
-
-
-class Planted:
-    """Spoil what a draft writes; tells which gates the first refused check had."""
-
-    @staticmethod
-    def after_writing(monkeypatch, edit):
-        write = onnx_format._OnnxDraft.write
-
-        def spoiled(self, path, gates):
-            write(self, path, gates)
-            edit_onnx(path, edit)
-
-        monkeypatch.setattr(onnx_format._OnnxDraft, "write", spoiled)
-
-    @staticmethod
-    def gates(monkeypatch, draft):
-        write = draft.write
-
-        def crossed(self, path, gates):
-            names = list(gates)
-            turned = names[1:] + names[:1]
-            write(self, path, {a: gates[b] for a, b in zip(names, turned, strict=True)})
-
-        monkeypatch.setattr(draft, "write", crossed)
-
-    @staticmethod
-    def axes(monkeypatch, kind):
-        opened = kind.open
-
-        def turned(self, path):
-            run = opened(self, path)
-            return lambda inputs: run((inputs[0].transpose(2, 3),))
-
-        monkeypatch.setattr(kind, "open", turned)
-
-
-def refused(operated, path):
-    with pytest.raises(ExportDiffers) as caught:
-        attnsurgeon.export_model(operated, path)
-    assert caught.value.exit_code == 4
-    assert list(path.parent.iterdir()) == []
-    return str(caught.value)
-
-
-class TestWrongAnswersAreCaught:
-    def test_a_wrong_constant(self, operated, tmp_path, monkeypatch):
-        Planted.after_writing(monkeypatch, shift_a_weight)
-        assert "gates closed" in refused(operated, tmp_path / "x.onnx")
-
-    def test_broken_attention_behind_a_closed_gate(self, operated, tmp_path, monkeypatch):
-        Planted.after_writing(monkeypatch, flatten_attention)
-        assert "gates open" in refused(operated, tmp_path / "x.onnx")
-
-    @pytest.mark.parametrize(
-        ("suffix", "draft"),
-        [(".onnx", onnx_format._OnnxDraft), (".pt", torchscript._ScriptDraft)],
-    )
-    def test_a_gate_wired_to_the_wrong_block(self, operated, tmp_path, monkeypatch, suffix, draft):
-        Planted.gates(monkeypatch, draft)
-        assert "gates open" in refused(operated, tmp_path / f"x{suffix}")
-
-    @pytest.mark.parametrize(
-        ("suffix", "kind"), [(".onnx", onnx_format.Onnx), (".pt", torchscript.TorchScript)]
-    )
-    def test_a_swapped_axis(self, operated, tmp_path, monkeypatch, suffix, kind):
-        Planted.axes(monkeypatch, kind)
-        assert "differs" in refused(operated, tmp_path / f"x{suffix}")
-
-    def test_a_dynamic_axis_that_came_out_fixed(self, operated, tmp_path, monkeypatch):
-        Planted.after_writing(monkeypatch, fix_the_batch)
-        assert "input.batch came out fixed" in refused(operated, tmp_path / "x.onnx")
-
-    def test_an_axis_that_is_fixed_without_saying_so(self, operated, tmp_path, monkeypatch):
-        Planted.after_writing(monkeypatch, fix_the_batch)
-        monkeypatch.setattr(onnx_format.Onnx, "fixed_axes", lambda self, path: [])
-        assert "max_rel inf" in refused(operated, tmp_path / "x.onnx")
-
-    def test_an_axis_fixed_by_the_exporter(self, operated, tmp_path, monkeypatch):
-        export = onnx_format._export
-        monkeypatch.setattr(
-            onnx_format, "_export", lambda model, inputs, dynamic: export(model, inputs, False)
-        )
-        refused(operated, tmp_path / "x.onnx")
-
-    def test_an_existing_file_survives_a_failed_export(self, operated, tmp_path, monkeypatch):
-        Planted.after_writing(monkeypatch, shift_a_weight)
-        (tmp_path / "x.onnx").write_bytes(b"precious")
-        with pytest.raises(ExportDiffers):
-            attnsurgeon.export_model(operated, tmp_path / "x.onnx", force=True)
-        assert (tmp_path / "x.onnx").read_bytes() == b"precious"
-
-
-class TestComparer:
-    def test_equal(self):
-        x = torch.randn(4, 10)
-        assert compare_outputs([x], [x.clone()], 1e-4) == (0.0, 0.0, pytest.approx(1.0), 1.0, True)
-
-    @pytest.mark.parametrize(
-        "wrong",
-        [
-            lambda x: x + 1e-3 * x.abs().max(),
-            lambda x: x.flip(1),
-            lambda x: x[:, :5],
-            lambda x: x * float("nan"),
-            lambda x: torch.where(x == x.max(), torch.inf, x),
-            lambda x: -x,
-            lambda x: x * 0,
-        ],
-    )
-    def test_wrong(self, wrong):
-        x = torch.randn(4, 10, generator=torch.Generator().manual_seed(0))
-        assert not compare_outputs([x], [wrong(x)], 1e-4)[-1]
-        assert not compare_outputs([x], [], 1e-4)[-1]
-
-    @pytest.mark.parametrize("scale", [1e-30, 1e30])
-    def test_any_scale(self, scale):
-        x = torch.randn(4, 10, dtype=torch.float64) * scale
-        assert compare_outputs([x], [x.clone()], 1e-4)[2:] == (pytest.approx(1.0), 1.0, True)
-        assert not compare_outputs([x], [x.flip(1)], 1e-4)[-1]
-        assert not compare_outputs([x], [x * 0], 1e-4)[-1]
-        assert not compare_outputs([x * 0], [x], 1e-4)[-1]
-
-    def test_nan_on_both_sides_is_no_agreement(self):
-        x = torch.full((2, 3), float("nan"))
-        assert not compare_outputs([x], [x], 1e-4)[-1]
-
-    def test_top1(self):
-        x = torch.eye(4)
-        assert compare_outputs([x], [x.flip(1)], 1e-4)[3] == 0.0
-
-
-def test_opened_gates_are_opened_until_it_shows(operated):
-    """A branch behind a tiny layer scale would hide whatever its attention computes."""
-    hidden = copy.deepcopy(operated)
-    hidden.features[12].register_forward_hook(lambda module, args, out: out)
-    for block in hidden.modules():
-        if hasattr(block, "attention_post"):
-            nn.init.constant_(block.attention_post.excite.bias, 12.0)  # a map of nearly 1
-            block.attention_post.excite.weight.data.mul_(1e-3)
-    image = (torch.randn(1, 3, 32, 32),)
-    assert max(v.max() for v in opened_values(operated, image).values()) <= 1
-    assert min(v.min() for v in opened_values(hidden, image).values()) > 1
-    assert all(not value.any() for value in gate_values(hidden).values())
-
-
-def test_a_check_that_could_not_fail_is_refused(operated, tmp_path):
-    """Where attention moves no output, an opened file would agree whatever it computes."""
-    silent = copy.deepcopy(operated)
-    for parameter in silent.classifier.parameters():
-        parameter.data.zero_()
-    with pytest.raises(ExportRefused, match="moves no output visibly"):
-        attnsurgeon.export_model(silent, tmp_path / "x.pt")
-    assert list(tmp_path.iterdir()) == []
-
-
 class TestRefused:
     def test_unknown_suffix(self, operated, tmp_path):
         with pytest.raises(UnknownName, match="did you mean"):
@@ -311,10 +135,44 @@ class TestRefused:
         with pytest.raises(BadOption, match="--input-size must be 1 to"):
             attnsurgeon.export_model(operated, tmp_path / "x.onnx", input_size=size)
 
-    @pytest.mark.parametrize("opset", [0, 17, 99])
+    @pytest.mark.parametrize("opset", [0, 16, 99])
     def test_opset(self, operated, tmp_path, opset):
-        with pytest.raises(BadOption, match="--opset must be 18"):
+        with pytest.raises(BadOption, match=f"--opset must be 17 to {newest_opset()}"):
             attnsurgeon.export_model(operated, tmp_path / "x.onnx", opset=opset)
+
+    def test_opset_that_the_runtime_does_not_read(self, operated, tmp_path, monkeypatch):
+        reads = onnx_runtime._reads
+        monkeypatch.setattr(
+            onnx_runtime, "_reads", lambda opset, ir: opset <= 19 and reads(opset, ir)
+        )
+        newest_opset.cache_clear()
+        try:
+            with pytest.raises(BadOption, match="--opset must be 17 to 19, not 20"):
+                attnsurgeon.export_model(operated, tmp_path / "x.onnx", opset=20)
+        finally:
+            newest_opset.cache_clear()
+
+    def test_opset_of_an_exporter(self, operated, tmp_path):
+        with pytest.raises(BadOption, match="--exporter torchscript"):
+            attnsurgeon.export_model(operated, tmp_path / "x.onnx", opset=17, exporter="dynamo")
+
+    def test_unknown_exporter(self, operated, tmp_path):
+        with pytest.raises(UnknownName, match="did you mean 'torchscript'"):
+            attnsurgeon.export_model(operated, tmp_path / "x.onnx", exporter="torchscrip")
+
+    @pytest.mark.parametrize(
+        ("suffix", "setting", "says"),
+        [
+            (".pt", {"exporter": "dynamo"}, "--exporter is for .onnx"),
+            (".pt2", {"exporter": "dynamo"}, "--exporter is for .onnx"),
+            (".pt2", {"opset": 18}, "--opset is for .onnx; a .pt2 file has none"),
+            (".pt2", {"optimize": True}, "--optimize freezes TorchScript"),
+            (".onnx", {"optimize": True}, "--optimize freezes TorchScript"),
+        ],
+    )
+    def test_settings_of_another_format(self, operated, tmp_path, suffix, setting, says):
+        with pytest.raises(ExportRefused, match=says):
+            attnsurgeon.export_model(operated, tmp_path / f"x{suffix}", **setting)
 
     def test_opset_of_torchscript(self, operated, tmp_path):
         with pytest.raises(ExportRefused, match="--opset is for .onnx"):
@@ -326,7 +184,7 @@ class TestRefused:
             attnsurgeon.export_model(model, tmp_path / "x.onnx", input_size=(8, 8))
 
     def test_too_large_for_one_file(self, operated, tmp_path, monkeypatch):
-        monkeypatch.setattr(onnx_format, "MOST_BYTES", 2**19)
+        monkeypatch.setattr(onnx_format, "MOST_BYTES", 2**12)
         with pytest.raises(ExportRefused, match="export it to .pt"):
             attnsurgeon.export_model(operated, tmp_path / "x.onnx")
 
@@ -358,3 +216,124 @@ def test_a_network_that_cannot_be_scripted_is_traced(tmp_path):
 def test_the_deprecation_is_told_once(operated, tmp_path):
     notices = attnsurgeon.export_model(operated, tmp_path / "x.pt").notices
     assert sum("deprecated" in notice for notice in notices) == 1
+
+
+class Detector(exports.Tiny):
+    """As detection networks are: a list of images, a list of dicts, and a branch on the data."""
+
+    def forward(self, images):
+        found = []
+        for image in images:
+            features = self.blocks(self.stem(image[None]))
+            if bool(features.abs().sum() < 0):
+                features = features * 0
+            scores = self.head(features.mean((2, 3)))
+            found.append({"scores": scores[0], "labels": scores.argmax(1)})
+        return found
+
+
+class TestExporters:
+    def test_the_older_one(self, operated, tmp_path):
+        artifact = attnsurgeon.export_model(operated, tmp_path / "x.onnx", exporter="torchscript")
+        assert artifact.opset == 17
+        assert artifact.notices == ()
+        assert onnx.load(tmp_path / "x.onnx").producer_name == "pytorch"
+        assert all(check.passed for check in artifact.checks)
+
+    def test_the_older_one_where_the_newer_refuses(self, tmp_path):
+        torch.manual_seed(0)
+        model = Detector().eval()
+        images = [torch.rand(3, 40, 48), torch.rand(3, 32, 56)]
+        path = tmp_path / "x.onnx"
+        with pytest.raises(ExportRefused, match="torch.export cannot take Detector"):
+            attnsurgeon.export_model(model, path, example=images, exporter="dynamo")
+        artifact = attnsurgeon.export_model(model, path, example=images)
+        assert len(artifact.notices) == 1
+        assert "the TorchScript-based exporter was used instead" in artifact.notices[0]
+        assert {check.batch for check in artifact.checks} == {2}
+        assert len({check.size for check in artifact.checks}) == 3
+        scores, labels, *others = format_for(path).open(path)((images,))
+        with torch.no_grad():
+            first, second = model(images)
+        torch.testing.assert_close(scores, first["scores"], rtol=1e-4, atol=1e-4)
+        assert labels == first["labels"]
+        torch.testing.assert_close(others[0], second["scores"], rtol=1e-4, atol=1e-4)
+
+    def test_refused_by_both(self, tmp_path):
+        class Listed(exports.Tiny):
+            def forward(self, x):
+                return super().forward(x).tolist()
+
+        with pytest.raises(ExportRefused, match=r"torch.export cannot .*based exporter cannot"):
+            attnsurgeon.export_model(Listed(), tmp_path / "x.onnx", example=exports.EXAMPLE)
+
+    def test_what_the_tracer_takes_for_a_constant(self, tmp_path):
+        class Numpy(exports.Tiny):
+            def forward(self, x):
+                return torch.from_numpy(super().forward(x).numpy(force=True).round(2))
+
+        with pytest.raises(ExportDiffers, match="max_rel inf"):
+            attnsurgeon.export_model(Numpy(), tmp_path / "x.onnx", example=exports.EXAMPLE)
+
+    def test_the_format_is_one_that_the_runtime_reads(self, operated, tmp_path, monkeypatch):
+        monkeypatch.setattr(onnx_format, "newest_ir", lambda: 9)
+        attnsurgeon.export_model(operated, tmp_path / "x.onnx")
+        assert onnx.load(tmp_path / "x.onnx").ir_version == 9 <= newest_ir()
+
+
+def test_several_inputs(tmp_path):
+    class Pair(exports.Tiny):
+        def forward(self, left, right):
+            return {"sum": super().forward(left + right), "first": left.mean((2, 3))}
+
+    example = (torch.zeros(1, 3, 32, 32), torch.zeros(1, 3, 32, 32))
+    for suffix in SUFFIXES:
+        artifact = attnsurgeon.export_model(Pair().eval(), tmp_path / f"x{suffix}", example=example)
+        assert [check.batch for check in artifact.checks] == [1, 2, 5]
+
+
+WEIGHT = "blocks.0.attention_post.excite.weight"
+
+
+class TestFrozen:
+    def test_weights_are_constants(self, operated, tmp_path):
+        artifact = attnsurgeon.export_model(operated, tmp_path / "x.pt", optimize=True)
+        module, _ = load_torchscript(tmp_path / "x.pt")
+        assert not list(module.parameters())
+        assert "batch_norm" not in str(module.inlined_graph)
+        assert str(module.inlined_graph).count("aten::sigmoid") == 3  # attention stays at gate 0
+        assert {check.gates for check in artifact.checks} == {"closed", "open"}
+
+    def test_broken_attention_is_caught(self, operated, tmp_path, monkeypatch):
+        """A frozen file's gates are out of reach: its twin shows what is behind them."""
+        freeze = torch.jit.freeze
+
+        def spoiled(module):
+            with torch.no_grad():
+                dict(module.named_parameters())[WEIGHT].zero_()
+            return freeze(module)
+
+        monkeypatch.setattr(torch.jit, "freeze", spoiled)
+        with pytest.raises(ExportDiffers, match="gates open"):
+            attnsurgeon.export_model(operated, tmp_path / "x.pt", optimize=True)
+        assert list(tmp_path.iterdir()) == []
+
+
+class TestProgram:
+    def test_it_holds_the_metadata(self, operated, tmp_path):
+        attnsurgeon.export_model(operated, tmp_path / "x.pt2")
+        notes = {"attnsurgeon": "", "input_size": ""}
+        torch.export.load(tmp_path / "x.pt2", extra_files=notes)
+        assert json.loads(notes["input_size"]) == [32, 32]
+        assert len(Recipe.loads(notes["attnsurgeon"], "x.pt2").cuts) == 3
+
+    def test_static_axes(self, operated, tmp_path):
+        artifact = attnsurgeon.export_model(operated, tmp_path / "x.pt2", static=True)
+        assert len(artifact.checks) == 2
+        fixed = format_for("x.pt2").open(tmp_path / "x.pt2").fixed_axes
+        assert fixed == ("x.batch", "x.height", "x.width")
+
+    def test_no_program(self, tmp_path):
+        (tmp_path / "x.pt2").write_bytes(b"no zip file")
+        with pytest.raises(BadFile, match=r"x\.pt2 is no program"):
+            format_for("x.pt2").open(tmp_path / "x.pt2")

@@ -6,34 +6,38 @@ import functools
 import os
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from attnsurgeon.bench import engines as known_engines
-from attnsurgeon.bench.cost import Cost, check_axes, check_comparable, count_cost
+from attnsurgeon.bench.cost import check_axes, check_comparable, count_cost
 from attnsurgeon.bench.engines import Place
 from attnsurgeon.bench.environment import describe
-from attnsurgeon.bench.interval import estimate, verdict
+from attnsurgeon.bench.findings import Failure, Job
+from attnsurgeon.bench.inputs import common_example, make_inputs
+from attnsurgeon.bench.job import Field, JobInterrupted, Outcome, largest_batch, run_job
+from attnsurgeon.bench.memory import bounded_memory, is_out_of_memory, release_memory
+from attnsurgeon.bench.per_site import check_sites
+from attnsurgeon.bench.precision import borrowed_tf32, precision_of
 from attnsurgeon.bench.quiet import borrowed_threads
-from attnsurgeon.bench.request import Request, check_request
-from attnsurgeon.bench.results import Comparison, Report, Timing
-from attnsurgeon.bench.targets import (
-    Inputs,
-    Target,
-    cast_inputs,
-    common_example,
-    make_inputs,
-    read_targets,
-)
-from attnsurgeon.bench.timing import Race, race
+from attnsurgeon.bench.request import Batch, Request, check_request
+from attnsurgeon.bench.results import Report
+from attnsurgeon.bench.targets import Target, read_targets
 from attnsurgeon.borrow import borrowed_randomness
 from attnsurgeon.errors import BadOption
 
 Progress = Callable[[str, float], None]
+
+
+class BenchInterrupted(KeyboardInterrupt):
+    """An interrupt after something had been measured: `report` holds it."""
+
+    def __init__(self, report: Report) -> None:
+        super().__init__()
+        self.report = report
 
 
 def compare_speed(
@@ -41,40 +45,55 @@ def compare_speed(
     *,
     engines: Sequence[str] = ("eager",),
     device: str = "auto",
-    batches: Sequence[int] = (1,),
+    batches: Sequence[int | str] = (1,),
     threads: int | None = None,
     seconds: float = 10.0,
     input_size: tuple[int, int] | None = None,
+    precisions: Sequence[str] = (),
+    channels_last: bool = False,
+    train: bool = False,
+    per_site: bool = False,
+    profile: bool = False,
     example: Any = None,
     progress: Progress | None = None,
+    command: str | None = None,
 ) -> Report:
     """Time networks against the first of them, or one against its own untouched host.
 
     All gates are open, all sides see the same input, and modules that are passed in are copied.
-    Threads, random state and garbage collector are given back as they were.
+    Threads, random state and garbage collector are given back as they were. A job that does not
+    fit into memory is told in the report's failures, and the others go on.
 
     Args:
-        targets: files of attnsurgeon, names of models (random weights), .onnx or TorchScript .pt
-            files, or modules. One alone that holds attention is compared with its own host;
-            another one alone is only timed.
-        engines: eager, torchscript, onnxruntime, compile.
+        targets: files of attnsurgeon, names of models (random weights; timm's behind `timm:`),
+            .onnx or TorchScript .pt files, or modules. One alone that holds attention is compared
+            with its own host; another one alone is only timed.
+        engines: names of engine_names().
         device: auto (CUDA where there is one), cpu, cuda or cuda:N.
-        batches: numbers of images per call.
+        batches: numbers of images per call; `max` is the largest that fits into memory.
         threads: CPU threads of every engine; torch's present number by default.
-        seconds: of measuring for each engine and batch, shared by all targets; translating and
-            compiling come on top.
+        seconds: of measuring for each job, shared by all targets, and with `per_site` for each
+            site; translating and compiling come on top, and as much again where the ratio has not
+            settled.
         input_size: height and width; the first target's own by default.
+        precisions: of fp32, tf32, bf16, fp16; the targets' own, without TF32, by default.
+        channels_last: lay maps out with the channels last.
+        train: time whole steps of SGD, half precisions under autocast.
+        per_site: time each site alone as well.
+        profile: add the engine's own per-operator tables.
         example: an input, or a tuple of inputs, for modules that do not take their host's image.
         progress: is called with what is being done and the share of all that is done, from 0 to
             1, never while something is timed; what it raises ends the comparison.
+        command: what the user typed, for the record.
 
     Raises:
-        UnknownName: no such model or engine.
-        BadOption: a number out of range, or targets that cannot be compared.
+        UnknownName: no such model, engine or precision.
+        BadOption: a number out of range, targets that cannot be compared, or no batch that fits.
         BadFile: a file that is not what it should be.
         HostUnusable: a target does not run on the input.
         EngineUnavailable: an engine or device that is not there, or fell back.
         ExportRefused: a target that cannot be translated for the engine.
+        BenchInterrupted: a KeyboardInterrupt, with what was measured before it.
 
     Example:
         >>> from attnsurgeon import compare_speed
@@ -82,7 +101,10 @@ def compare_speed(
         >>> report.runs[0].median_ms > 0
         True
     """
-    request = check_request(engines, device, batches, threads, seconds, input_size)
+    request = check_request(
+        engines, device, batches, threads, seconds, input_size, precisions,
+        channels_last=channels_last, train=train, per_site=per_site, profile=profile,
+    )  # fmt: skip
     if not targets:
         raise BadOption("name at least one target: a file, or a model such as resnet50")
     tell = progress or (lambda text, share: None)
@@ -92,30 +114,103 @@ def compare_speed(
         borrowed_randomness(0),
         tempfile.TemporaryDirectory(prefix="attnsurgeon-") as folder,
     ):
-        field = _line_up(read_targets(targets, example), request)
-        environment = describe(request.device, request.threads, seconds, field.targets)
-        place = Place(request.device, request.threads, Path(folder))
-        runs: list[Timing] = []
-        comparisons: list[Comparison] = []
-        for done, (engine, batch) in enumerate(request.jobs):
-            told = functools.partial(_tell_job, tell, request, done)
-            timings, found = _run_job(field, engine, batch, place, seconds, told)
-            runs += timings
-            comparisons += _compare(timings, found)
+        lineup = _line_up(read_targets(targets, example), request)
+        typed = command or f"compare_speed({[target.name for target in lineup.targets]})"
+        environment = describe(request, lineup.targets, lineup.example, typed)
+        session = _Session(lineup, Path(folder), tell, environment)
+        for number, wanted in enumerate(request.jobs):
+            session.run(number, *wanted)
     tell("done", 1.0)
-    return Report(environment, tuple(runs), tuple(comparisons))
+    if not session.outcome.timings:
+        raise BadOption(f"{session.failures[0].reason}; give a smaller --batch, or --batch max")
+    return session.report()
 
 
-@dataclass(frozen=True)
-class _Field:
-    """The targets as they start: comparable, with what each costs, and an input for one image."""
+@dataclass
+class _Session:
+    """All jobs of one comparison, and what they have found so far."""
 
-    targets: tuple[Target, ...]
-    costs: tuple[Cost, ...]
-    example: Inputs
+    lineup: Field
+    folder: Path
+    tell: Progress
+    environment: dict[str, Any]
+    outcome: Outcome = field(default_factory=Outcome)
+    failures: list[Failure] = field(default_factory=list)
+
+    def run(self, number: int, engine: str, precision: str | None, batch: Batch) -> None:
+        """Run one job; too little memory is noted."""
+        request = self.lineup.request
+        place = Place(request.device, request.threads, self.folder, precision, request.train)
+        try:
+            with bounded_memory(request.device), borrowed_tf32(allowed=precision == "tf32"):
+                self._run(number, engine, precision, batch, place)
+        except KeyboardInterrupt as stop:
+            if isinstance(stop, JobInterrupted):
+                self._take(stop.outcome)
+            if not self.outcome.timings:
+                raise
+            raise BenchInterrupted(self.report(is_interrupted=True)) from None
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            tried = batch if isinstance(batch, int) else 1
+            self._fail(self._job(engine, precision, tried))
+        finally:
+            release_memory()
+
+    def _run(
+        self, number: int, engine: str, precision: str | None, batch: Batch, place: Place
+    ) -> None:
+        label = self._job(engine, precision, 0)
+        if isinstance(batch, str):
+            told = functools.partial(self._tell, number, f"{engine}, batch {batch}")
+            fits, too_large = largest_batch(self.lineup, engine, precision, place, told)
+            if not fits:
+                self._fail(self._job(engine, precision, 1))
+                return
+            what = str(label).replace(", batch 0", "")
+            self.environment["notes"].append(
+                f"largest batch that fits on {what}: {fits} ({too_large} does not)"
+            )
+            batch = fits
+        job = self._job(engine, precision, batch)
+        told = functools.partial(self._tell, number, str(job))
+        self._take(run_job(self.lineup, job, precision, place, told))
+
+    def _job(self, engine: str, precision: str | None, batch: int) -> Job:
+        request = self.lineup.request
+        own = precision or precision_of(self.lineup.targets[0])
+        device = str(request.device)
+        return Job(engine, device, batch, own, request.channels_last, request.train)
+
+    def _tell(self, number: int, job: str, text: str, share: float) -> None:
+        self.tell(f"{job}: {text}", (number + share) / len(self.lineup.request.jobs))
+
+    def _fail(self, job: Job) -> None:
+        reason = f"out of memory: batch {job.batch} does not fit on {job.engine}, {job.precision}"
+        self.failures.append(Failure(job, reason))
+
+    def _take(self, found: Outcome) -> None:
+        self.outcome.timings += found.timings
+        self.outcome.comparisons += found.comparisons
+        self.outcome.sites += found.sites
+        self.outcome.profiles += found.profiles
+
+    def report(self, *, is_interrupted: bool = False) -> Report:
+        """Return all that was found."""
+        ceilings = [one.to_json() for one in self.lineup.known_ceilings]
+        return Report(
+            environment={**self.environment, "ceilings": ceilings},
+            runs=tuple(self.outcome.timings),
+            comparisons=tuple(self.outcome.comparisons),
+            failures=tuple(self.failures),
+            sites=tuple(self.outcome.sites),
+            profiles=tuple(self.outcome.profiles),
+            is_interrupted=is_interrupted,
+        )
 
 
-def _line_up(targets: Sequence[Target], request: Request) -> _Field:
+def _line_up(targets: Sequence[Target], request: Request) -> Field:
     """Try every target once, and refuse what could not be compared later.
 
     Raises:
@@ -123,73 +218,32 @@ def _line_up(targets: Sequence[Target], request: Request) -> _Field:
         HostUnusable: a target does not run on the input.
     """
     for target in targets:
-        for engine in request.engines:
-            if target.only not in (None, engine):
-                raise BadOption(
-                    f"{target.name} cannot run on {engine}; give --engine {target.only} alone"
-                )
+        _check_engines(target, request)
+    if request.per_site:
+        check_sites(targets)
     example = common_example(targets, request.input_size)
     cpu = torch.device("cpu")
-    for batch in request.batches:
+    numbers = [batch for batch in request.batches if isinstance(batch, int)]
+    for batch in numbers:
         for target in targets:
             check_axes(target, make_inputs(example, batch, cpu))
-    inputs = make_inputs(example, request.batches[0], cpu)
+    inputs = make_inputs(example, 1, cpu)
     costs = tuple(count_cost(target, inputs) for target in targets)
     check_comparable(targets, costs)
-    return _Field(tuple(targets), costs, example)
+    return Field(tuple(targets), costs, example, request)
 
 
-def _tell_job(tell: Progress, request: Request, done: int, text: str, share: float) -> None:
-    engine, batch = request.jobs[done]
-    tell(f"{engine}, batch {batch}: {text}", (done + share) / len(request.jobs))
-
-
-def _run_job(
-    field: _Field, engine: str, batch: int, place: Place, seconds: float, tell: Progress
-) -> tuple[list[Timing], Race]:
-    prepare = known_engines.get(engine).prepare
-    inputs = make_inputs(field.example, batch, place.device)
-    runners = []
-    for target in field.targets:
-        tell(f"preparing {target.name}", 0.0)
-        runners.append(prepare(target, cast_inputs(inputs, target), place))
-    found = race(runners, seconds, functools.partial(tell, "measuring"))
-    timings = [
-        Timing(
-            target=target.name,
-            engine=engine,
-            device=str(place.device),
-            batch=batch,
-            samples_ms=samples,
-            parameters=cost.parameters,
-            macs=cost.macs,
-            file_bytes=cost.file_bytes,
-            provider=runner.provider,
-            weights=target.weights,
-        )
-        for target, cost, samples, runner in zip(
-            field.targets, field.costs, found.samples_ms, runners, strict=True
-        )
-    ]
-    return timings, found
-
-
-def _compare(timings: Sequence[Timing], found: Race) -> list[Comparison]:
-    """Judge every timing but the first against the first, pair by pair."""
-    baseline = timings[0]
-    comparisons = []
-    for i, timing in enumerate(timings[1:], start=1):
-        ratio = estimate(found.log_ratios(i))
-        comparisons.append(
-            Comparison(
-                target=timing.target,
-                baseline=baseline.target,
-                engine=timing.engine,
-                device=timing.device,
-                batch=timing.batch,
-                ratio=ratio.ratio,
-                interval95=(ratio.low, ratio.high),
-                verdict=verdict(ratio),
+def _check_engines(target: Target, request: Request) -> None:
+    for engine in request.engines:
+        if target.only and engine not in target.only:
+            raise BadOption(
+                f"{target.name} cannot run on {engine}; give --engine {target.only[0]} alone"
             )
-        )
-    return comparisons
+    if target.model is None and request.precisions != (None,):
+        own = precision_of(target)
+        wrong = [precision for precision in request.precisions if precision != own]
+        if wrong:
+            raise BadOption(
+                f"{target.name} holds {own} numbers and cannot be timed in {wrong[0]}; "
+                "leave --precision out"
+            )

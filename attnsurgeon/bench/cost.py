@@ -6,17 +6,17 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
-from torch.utils.flop_counter import FlopCounterMode
 
-from attnsurgeon.bench.exported import first_line, is_of_onnxruntime, session_for
-from attnsurgeon.bench.targets import Inputs, Target, cast_inputs
+from attnsurgeon.bench.exported import is_of_onnxruntime, session_for
+from attnsurgeon.bench.inputs import cast_inputs
+from attnsurgeon.bench.targets import Inputs, Target
 from attnsurgeon.borrow import on_meta
-from attnsurgeon.errors import BadOption, HostUnusable
+from attnsurgeon.cost import Count, count_call
+from attnsurgeon.errors import BadOption, HostUnusable, first_line
 
 Shape = tuple[int, ...]
 
@@ -30,12 +30,18 @@ class Cost:
         macs: multiply-adds for one image of the compared size; None for an .onnx file.
         file_bytes: of the target's file, with the data beside it; None where there is none.
         outputs: shapes of what it returns for the inputs it was tried on.
+        uncounted: operators that compute something besides the multiply-adds.
+        weight_bytes: read once in each call, whatever the batch.
+        map_bytes: read and written for one image if every operator ran on its own.
     """
 
     parameters: int | None
     macs: int | None
     file_bytes: int | None
     outputs: tuple[Shape, ...]
+    uncounted: tuple[str, ...] = ()
+    weight_bytes: int | None = None
+    map_bytes: int | None = None
 
 
 def count_cost(target: Target, inputs: Inputs) -> Cost:
@@ -50,7 +56,7 @@ def count_cost(target: Target, inputs: Inputs) -> Cost:
     try:
         if target.model is None:
             return Cost(None, None, _bytes_of(target.file), _run_onnx(target, own))
-        outputs, macs = _count(target.model, own)
+        outputs, count = _count(target.model, own)
     except Exception as error:
         if target.model is None and not is_of_onnxruntime(error):
             raise
@@ -61,7 +67,15 @@ def count_cost(target: Target, inputs: Inputs) -> Cost:
         ) from error
     batch = next((part.shape[0] for part in own if isinstance(part, Tensor)), 1)
     parameters = sum(parameter.numel() for parameter in target.model.parameters())
-    return Cost(parameters, macs // batch, _bytes_of(target.file), outputs)
+    return Cost(
+        parameters,
+        count.macs // batch,
+        _bytes_of(target.file),
+        outputs,
+        count.uncounted,
+        count.weight_bytes,
+        count.map_bytes // batch,
+    )
 
 
 def check_axes(target: Target, inputs: Inputs) -> None:
@@ -80,24 +94,24 @@ def check_axes(target: Target, inputs: Inputs) -> None:
             )
 
 
-def _count(model: nn.Module, inputs: Inputs) -> tuple[tuple[Shape, ...], int]:
+def _count(model: nn.Module, inputs: Inputs) -> tuple[tuple[Shape, ...], Count]:
     if not isinstance(model, torch.jit.ScriptModule):
         shapes = tree_map_only(Tensor, lambda part: torch.empty_like(part, device="meta"), inputs)
         try:
             with on_meta(model):
-                return _counted(lambda: model(*shapes))
+                return _counted(model, shapes)
         except Exception:  # whatever cannot be done on meta tensors is tried for real
             pass
-    return _counted(lambda: model(*inputs))
+    return _counted(model, inputs)
 
 
-def _counted(call: Any) -> tuple[tuple[Shape, ...], int]:
-    counter = FlopCounterMode(display=False)
-    with torch.no_grad(), warnings.catch_warnings(), counter:
+def _counted(model: nn.Module, inputs: Inputs) -> tuple[tuple[Shape, ...], Count]:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a network's own warnings belong to its own runs
-        output = call()
+        weights = [*model.parameters(), *model.buffers()]
+        output, count = count_call(lambda: model(*inputs), weights)
     leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
-    return tuple(tuple(leaf.shape) for leaf in leaves), int(counter.get_total_flops()) // 2
+    return tuple(tuple(leaf.shape) for leaf in leaves), count
 
 
 def _run_onnx(target: Target, inputs: Inputs) -> tuple[Shape, ...]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import os
 import platform
 from collections.abc import Sequence
@@ -12,9 +14,10 @@ from typing import Any
 import torch
 
 from attnsurgeon.bench.targets import GATES, Target
+from attnsurgeon.bench.watch import ask_nvidia, governor
 from attnsurgeon.errors import BadOption, EngineUnavailable
 
-PACKAGES = ("attnsurgeon", "torch", "torchvision", "onnxruntime", "numpy")
+PACKAGES = ("attnsurgeon", "torch", "torchvision", "onnxruntime", "numpy", "triton", "timm")
 
 
 def find_device(text: str) -> torch.device:
@@ -41,39 +44,52 @@ def find_device(text: str) -> torch.device:
 
 
 def describe(
-    device: torch.device, threads: int, seconds: float, targets: Sequence[Target]
+    request: Any, targets: Sequence[Target], example: Sequence[Any], command: str
 ) -> dict[str, Any]:
-    """Return what the times depend on, as plain values.
+    """Return what the times depend on, as plain values; see schema.py for the keys.
 
-    `seconds` is the measuring time for each engine and batch; `load_average` is that of the last
-    minute before the measurement, 0 where the system does not tell.
+    Args:
+        request: the checked options.
+        targets: what is timed.
+        example: the inputs for one image.
+        command: what was typed or called.
     """
+    device: torch.device = request.device
     is_cuda = device.type == "cuda"
     affinity = getattr(os, "sched_getaffinity", None)  # Linux alone has it
     usable = len(affinity(0)) if affinity else os.cpu_count() or 1
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    driver = ask_nvidia(device, "driver_version") if is_cuda else None
     return {
+        "command": command,
         "cpu": _cpu_name(),
         "cores": os.cpu_count(),
         "usable_cores": usable,
+        "governor": governor(),
         "load_average": round(load, 2),
-        "threads": threads,
+        "threads": request.threads,
         "device": str(device),
         "gpu": torch.cuda.get_device_name(device) if is_cuda else None,
+        "driver": driver[0] if driver else None,
         "cuda": torch.version.cuda if is_cuda else None,
         "platform": platform.platform(),
         "python": platform.python_version(),
         **{name: _version(name) for name in PACKAGES},
-        "seconds": seconds,
+        "seconds": request.seconds,
+        "input_shapes": [list(part.shape) for part in example if isinstance(part, torch.Tensor)],
         "gates": f"open at random in {GATES[0]} to {GATES[1]}",
+        "ceilings": [],
         "notes": [*_notes(targets), *_doubts(load, usable)],
     }
 
 
 def _notes(targets: Sequence[Target]) -> list[str]:
     notes = [f"{t.name} has random weights" for t in targets if t.weights == "random"]
-    exported = [t for t in targets if t.file and t.only]
-    notes += [f"{t.name} is timed with its gates as they are in the file" for t in exported]
+    notes += [
+        f"{t.name} is timed with its gates, if it has any, as they are in the file"
+        for t in targets
+        if not t.is_opened
+    ]
     return list(dict.fromkeys(notes))
 
 
@@ -99,4 +115,6 @@ def _version(package: str) -> str | None:
     try:
         return version(package)
     except PackageNotFoundError:  # onnxruntime comes under other names, such as onnxruntime-gpu
-        return getattr(__import__(package), "__version__", None)
+        with contextlib.suppress(ImportError):
+            return getattr(importlib.import_module(package), "__version__", None)
+        return None

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnsurgeon.errors import BadFile, HostUnusable
+from attnsurgeon.errors import BadFile, HostUnusable, first_line
 from attnsurgeon.export.torchscript import load_torchscript
 
 Fixed = tuple[int | None, ...]
@@ -19,6 +19,12 @@ Fixed = tuple[int | None, ...]
 
 SIZE_KEY = "input_size"
 """Metadata that export_model writes: height and width as JSON."""
+
+RECIPE_KEY = "attnsurgeon"
+"""Metadata that export_model writes where the network holds attention."""
+
+GATE_NAME = "openness"
+"""Last part of the name of a gate's number, which scripts and traces keep."""
 
 DEFAULT_SIZE = (224, 224)
 _DTYPES = {
@@ -41,11 +47,12 @@ class OnnxFile:
 
 @dataclass(frozen=True)
 class ScriptFile:
-    """A TorchScript network, an input for one image, and whether the file told its size."""
+    """A TorchScript network, an input for one image, whether the file told its size, its gates."""
 
     module: torch.jit.ScriptModule
     example: tuple[Tensor, ...]
     is_sized: bool
+    gates: tuple[Tensor, ...]
 
 
 def session_for(
@@ -53,9 +60,21 @@ def session_for(
     *,
     threads: int = 1,
     provider: str = "CPUExecutionProvider",
+    device: int = 0,
+    allow_tf32: bool = False,
     is_optimised: bool = True,
+    profile_to: Path | None = None,
 ) -> Any:
     """Open an .onnx file in ONNX Runtime.
+
+    Args:
+        path: the file.
+        threads: of the CPU.
+        provider: that runs it; see check_assigned for what was made of it.
+        device: number of the CUDA device.
+        allow_tf32: whether float32 products may be rounded to TF32 on CUDA.
+        is_optimised: whether its graph is rewritten for speed.
+        profile_to: beginning of the name of a file for ONNX Runtime's own profile.
 
     Raises:
         BadFile: it is no ONNX file, or one that the installed runtime cannot read.
@@ -70,25 +89,35 @@ def session_for(
     # deployment, and stop when it ends. "session.intra_op.allow_spinning" = "0" keeps sessions
     # apart as well, but makes the runs themselves up to 15 % slower than a deployed one.
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
+    if profile_to is not None:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile_to)
     if not is_optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
-        return onnxruntime.InferenceSession(str(path), options, providers=[provider])
+        return onnxruntime.InferenceSession(
+            str(path), options, providers=_providers(provider, device, allow_tf32)
+        )
     except Exception as error:
         if not is_of_onnxruntime(error):
             raise
         raise BadFile(f"onnxruntime cannot read {str(path)!r}: {first_line(error)}") from error
 
 
+def _providers(provider: str, device: int, allow_tf32: bool) -> list[Any]:
+    """Return the provider with its options; TensorRT leaves what it cannot take to CUDA."""
+    if provider == "CPUExecutionProvider":
+        return [provider]
+    cuda = ("CUDAExecutionProvider", {"device_id": device, "use_tf32": str(int(allow_tf32))})
+    if provider == "CUDAExecutionProvider":
+        return [cuda]
+    return [(provider, {"device_id": device}), cuda]
+
+
 def is_of_onnxruntime(error: Exception) -> bool:
     """Tell whether ONNX Runtime raised this: its errors share no base class but their module."""
     return type(error).__module__.startswith("onnxruntime")
-
-
-def first_line(error: Exception) -> str:
-    """Return what an error says, or its class."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
 
 
 def read_onnx(path: Path) -> OnnxFile:
@@ -131,11 +160,17 @@ def read_torchscript(path: Path) -> ScriptFile:
     Raises:
         BadFile: it is not TorchScript.
     """
-    module, notes = load_torchscript(path, [SIZE_KEY])
+    module, notes = load_torchscript(path, [SIZE_KEY, RECIPE_KEY])
     told = _read_size(notes[SIZE_KEY])
     channels, dtype = _entrance(list(module.parameters()))
     example = torch.zeros(1, channels, *(told or DEFAULT_SIZE), dtype=dtype)
-    return ScriptFile(module, (example,), told is not None)
+    # Names mean nothing in a file that is not of export_model: it has another author.
+    gates = [
+        parameter
+        for name, parameter in module.named_parameters()
+        if notes[RECIPE_KEY] and name.rpartition(".")[2] == GATE_NAME
+    ]
+    return ScriptFile(module, (example,), told is not None, tuple(gates))
 
 
 def _entrance(parameters: Sequence[Tensor]) -> tuple[int, torch.dtype]:

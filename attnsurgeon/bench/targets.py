@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from attnsurgeon.bench.exported import Fixed, read_onnx, read_torchscript
 from attnsurgeon.borrow import borrowed_randomness
 from attnsurgeon.card import card_of
 from attnsurgeon.checkpoint import check_readable
-from attnsurgeon.errors import BadFile, BadOption
+from attnsurgeon.errors import BadFile, MissingPackage, UnknownName
 from attnsurgeon.gate import named_gates
 from attnsurgeon.host import host_names, load_host
 from attnsurgeon.sites import as_inputs
@@ -25,6 +27,11 @@ from attnsurgeon.surgery import cuts_of, remove_attention
 
 GATES = (0.25, 0.75)
 """Gates are opened at random in between: closed ones would let a compiler drop the attention."""
+
+SCRIPT_ENGINES = ("torchscript", "torchscript-frozen")
+ONNX_ENGINES = ("onnxruntime", "onnxruntime-tensorrt")
+TIMM = "timm:"
+"""Before a name of timm's."""
 
 Inputs = tuple[Any, ...]
 
@@ -39,9 +46,12 @@ class Target:
         weights: `random`, `file`, or `given` with the module.
         model: the network on the CPU, in eval mode; None for an .onnx file.
         file: where it came from.
-        only: the one engine that can run it.
+        only: the engines that can run it, where not all can.
         fixed: for each input of an .onnx file, the axes that it fixes.
         is_sized: whether the example's height and width are known, not guessed.
+        is_opened: whether its gates, if it has any, were opened; an .onnx file has them folded
+            into its constants.
+        read_s: how long it took to read or build.
     """
 
     name: str
@@ -49,9 +59,11 @@ class Target:
     weights: str
     model: nn.Module | None = None
     file: Path | None = None
-    only: str | None = None
+    only: tuple[str, ...] = ()
     fixed: tuple[Fixed, ...] = ()
     is_sized: bool = True
+    is_opened: bool = True
+    read_s: float = 0.0
 
     @property
     def module(self) -> nn.Module:
@@ -97,6 +109,12 @@ def _with_baseline(thing: str | os.PathLike[str] | nn.Module, example: Any) -> l
 
 
 def _read(thing: str | os.PathLike[str] | nn.Module, example: Any) -> Target:
+    start = time.perf_counter()
+    target = _read_kind(thing, example)
+    return dataclasses.replace(target, read_s=time.perf_counter() - start)
+
+
+def _read_kind(thing: str | os.PathLike[str] | nn.Module, example: Any) -> Target:
     if isinstance(thing, nn.Module):
         return _from_module(thing, example)
     name = os.fspath(thing)
@@ -110,9 +128,34 @@ def _read(thing: str | os.PathLike[str] | nn.Module, example: Any) -> Target:
             f"{name!r} cannot be timed: a target is a .safetensors file of attnsurgeon, an .onnx "
             "file, a TorchScript .pt file or a model's name"
         )
+    if name.startswith(TIMM):
+        return _from_timm(name)
     with borrowed_randomness(0):
         model = load_host(name, weights="none")
     return Target(name, _own_example(model), "random", model=model)
+
+
+def _from_timm(name: str) -> Target:
+    """Build a network of timm with random weights.
+
+    Raises:
+        MissingPackage: timm is not installed.
+        UnknownName: it has no such model.
+    """
+    try:
+        import timm
+    except ImportError as error:
+        raise MissingPackage(
+            f"{name} is a network of timm, which is not installed: pip install timm"
+        ) from error
+    wanted = name.removeprefix(TIMM)
+    if not timm.is_model(wanted):
+        raise UnknownName("timm model", wanted, timm.list_models())
+    with borrowed_randomness(0):
+        model = timm.create_model(wanted, pretrained=False).eval()
+    card: Any = model.pretrained_cfg
+    shape = card.get("input_size", (3, 224, 224))
+    return Target(name, (torch.zeros(1, *shape),), "random", model=model)
 
 
 def _from_safetensors(name: str, path: Path) -> Target:
@@ -127,22 +170,25 @@ def _from_onnx(name: str, path: Path) -> Target:
         read.example,
         "file",
         file=path,
-        only="onnxruntime",
+        only=ONNX_ENGINES,
         fixed=read.fixed,
         is_sized=read.is_sized,
+        is_opened=False,
     )
 
 
 def _from_torchscript(name: str, path: Path) -> Target:
     read = read_torchscript(path)
+    _open(read.gates)
     return Target(
         name,
         read.example,
         "file",
         model=read.module,
         file=path,
-        only="torchscript",
+        only=SCRIPT_ENGINES,
         is_sized=read.is_sized,
+        is_opened=bool(read.gates),
     )
 
 
@@ -161,7 +207,8 @@ def _from_module(module: nn.Module, example: Any) -> Target:
         example=_own_example(own, example),
         weights="given",
         model=own,
-        only="torchscript" if is_script else None,
+        only=SCRIPT_ENGINES if is_script else (),
+        is_opened=not is_script,
     )
 
 
@@ -176,72 +223,12 @@ def _own_example(model: nn.Module, example: Any = None) -> Inputs:
 
 def _opened(model: nn.Module) -> nn.Module:
     """Open every gate of this very model at random, each time the same."""
-    low, high = GATES
-    with torch.no_grad(), borrowed_randomness(0):
-        for gate in named_gates(model).values():
-            gate.copy_(low + (high - low) * torch.rand(gate.shape))
+    _open(named_gates(model).values())
     return model
 
 
-def common_example(targets: Sequence[Target], size: tuple[int, int] | None) -> Inputs:
-    """Return the inputs for one image that all targets are to be timed with.
-
-    They are those of the first target whose size is known; `size` replaces height and width.
-
-    Raises:
-        BadOption: the targets take inputs of different kinds.
-    """
-    lead = next((target for target in targets if target.is_sized), targets[0])
-    for target in targets:
-        _check_like(target, lead)
-    if size is None:
-        return lead.example
-    return tuple(
-        part.new_empty(*part.shape[:2], *size) if _is_image(part) else part for part in lead.example
-    )
-
-
-def _is_image(part: Any) -> bool:
-    return isinstance(part, Tensor) and part.ndim == 4
-
-
-def _check_like(target: Target, lead: Target) -> None:
-    mine, other = (_kinds(one.example) for one in (target, lead))
-    if mine != other:
-        raise BadOption(
-            f"{target.name} takes {' and '.join(mine)}, {lead.name} takes {' and '.join(other)}: "
-            "they cannot be compared"
-        )
-
-
-def _kinds(example: Inputs) -> list[str]:
-    """Say what the inputs are, leaving out what may differ: batch, height and width."""
-    return [
-        f"{part.shape[1]}-channel images"
-        if _is_image(part)
-        else f"tensors of shape {('N', *part.shape[1:])}"
-        if isinstance(part, Tensor)
-        else repr(part)
-        for part in example
-    ]
-
-
-def make_inputs(example: Inputs, batch: int, device: torch.device) -> Inputs:
-    """Return a batch like the example, each time the same: floats random, the rest repeated."""
-    with borrowed_randomness(batch):
-        return tuple(
-            part
-            if not isinstance(part, Tensor)
-            else torch.randn(batch, *part.shape[1:]).to(device)
-            if part.is_floating_point()
-            else part[:1].expand(batch, *part.shape[1:]).contiguous().to(device)
-            for part in example
-        )
-
-
-def cast_inputs(inputs: Inputs, target: Target) -> Inputs:
-    """Return the same inputs in the dtypes of the target; the very same ones where they fit."""
-    return tuple(
-        part.to(own.dtype) if isinstance(part, Tensor) else part
-        for part, own in zip(inputs, target.example, strict=True)
-    )
+def _open(gates: Iterable[Tensor]) -> None:
+    low, high = GATES
+    with torch.no_grad(), borrowed_randomness(0):
+        for gate in gates:
+            gate.copy_(low + (high - low) * torch.rand(gate.shape))

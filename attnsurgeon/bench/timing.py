@@ -4,12 +4,12 @@ A pass runs one block of calls of each runner; the order of the runners changes 
 pass, so that each is as often first as last and drift hits all alike. Block k of one and block k
 of another are a pair. A run is cut into rounds: before each, every runner moves to new memory,
 since where a copy happens to lie makes it up to 1 % faster or slower than its twin for good.
+When the time is over and the last rounds do not agree with those before, more are run.
 """
 
 from __future__ import annotations
 
 import gc
-import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -19,24 +19,30 @@ from typing import Any
 import torch
 
 from attnsurgeon.bench.quiet import paused_collector
+from attnsurgeon.bench.rounds import (
+    MAX_ROUNDS,
+    MIN_ROUNDS,
+    Blocks,
+    Race,
+    RaceInterrupted,
+    is_settled,
+)
 
 BLOCK_S = 0.08
 """Long enough for a clock, short enough for many pairs; at least one call."""
 MIN_PASSES = 50
 """Short measurements have shorter blocks instead of fewer of them."""
-MIN_ROUNDS, MAX_ROUNDS = 5, 16
-"""Fewer rounds than 5 say nothing about their spread."""
 MOVING_SHARE = 0.25
 """Of the time may go into moving, before there are fewer rounds."""
 WARM_CALLS = 2
 """After each move: the first call of a runner allocates."""
+PATIENCE = 2.0
+"""Times the planned rounds: no more are run, settled or not."""
 
 clock_ns: Callable[[], int] = time.perf_counter_ns
 """The wall clock, for every decision and measurement here; a test may put another in its place."""
 
 Call = Callable[[], Any]
-Blocks = list[float]
-"""Median call of one block in ms, for each runner."""
 
 
 @dataclass(frozen=True)
@@ -48,75 +54,81 @@ class Runner:
         move: gives the network new memory; what `call` computes stays the same.
         provider: the ONNX Runtime provider that really runs it.
         events: the CUDA device whose events time it; None for the wall clock.
+        first: the first call, where it does more than the others, such as compiling; what it
+            returns is the network's output.
+        is_training: whether a call needs gradients.
+        held_bytes: of host memory that was taken before it was made ready.
+        profile: returns the engine's own per-operator table.
     """
 
     call: Call
     move: Callable[[], None]
     provider: str | None = None
     events: torch.device | None = None
+    first: Call | None = None
+    is_training: bool = False
+    held_bytes: int = 0
+    profile: Callable[[], Any] | None = None
 
 
-@dataclass(frozen=True)
-class Race:
-    """What was measured.
-
-    Attributes:
-        samples_ms: every timed call, for each runner.
-        rounds: passes, round by round; a pass holds the block median of each runner in ms.
-    """
-
-    samples_ms: tuple[tuple[float, ...], ...]
-    rounds: tuple[tuple[Blocks, ...], ...]
-
-    def log_ratios(self, runner: int, baseline: int = 0) -> list[list[float]]:
-        """Return, round by round, the log of a runner's block over the baseline's of that pass.
-
-        A pass and the next one, in which the order is reversed, make one ratio: whoever runs
-        twice in a row finds warm caches, which makes single ratios come in two kinds.
-        """
-        found = []
-        for passes in self.rounds:
-            logs = [math.log(blocks[runner] / blocks[baseline]) for blocks in passes]
-            pairs = list(zip(logs[::2], logs[1::2], strict=False))
-            found.append([(one + other) / 2 for one, other in pairs] or logs)
-        return found
+Tell = Callable[[float, Race], None]
 
 
-def race(
-    runners: Sequence[Runner], seconds: float, tell: Callable[[float], None] = lambda share: None
-) -> Race:
+def race(runners: Sequence[Runner], seconds: float, tell: Tell | None = None) -> Race:
     """Time all runners in alternating blocks for about `seconds` in all, moving included.
 
-    However slow they are, each gets MIN_ROUNDS timed calls.
+    However slow they are, each gets MIN_ROUNDS timed calls. Where the last rounds disagree with
+    those before them it goes on, to PATIENCE times the rounds at most.
 
     Args:
         runners: what to time; all of them are warmed up together first.
         seconds: of wall-clock time.
-        tell: is told the share that is done, between rounds.
+        tell: is told the share that is done and what was found so far, between rounds.
+
+    Raises:
+        RaceInterrupted: an interrupt came after two rounds or more.
     """
     samples: list[list[float]] = [[] for _ in runners]
+    launched: list[list[float]] = [[] for _ in runners]
     rounds: list[tuple[Blocks, ...]] = []
+    planned, number = MIN_ROUNDS, 0
+
+    def found() -> Race:
+        shares = tuple(statistics.median(own) if own else None for own in launched)
+        return Race(tuple(map(tuple, samples)), tuple(rounds), planned, shares)
+
     # Gradients are off, and parameters can still be moved between the rounds.
-    with torch.inference_mode(), paused_collector():
+    with _mode(runners), paused_collector():
         gc.collect()
         calls = _calls_per_block(runners, seconds, _warm_up(runners, seconds / 10))
         start = _now_s()
-        planned, number = MIN_ROUNDS, 0
-        while len(rounds) < planned:
-            moving = _move(runners, len(rounds), order_of_pass(number, len(runners)))
-            if not rounds:
-                planned = planned_rounds(seconds, moving)
-            until = start + seconds * (len(rounds) + 1) / planned
-            passes: list[Blocks] = []
-            while not passes or _now_s() < until:
-                for _ in range(2):  # both orders
-                    passes.append(_run_pass(runners, number, calls, samples))
-                    number += 1
-                    if len(passes) == 1 and _now_s() >= until:
-                        break  # too slow for that: the next round begins with the other order
-            rounds.append(tuple(passes))
-            tell(len(rounds) / planned)
-    return Race(tuple(tuple(own) for own in samples), tuple(rounds))
+        most = planned
+        try:
+            while len(rounds) < planned or (len(rounds) < most and not is_settled(found())):
+                moving = _move(runners, len(rounds), order_of_pass(number, len(runners)))
+                if not rounds:
+                    planned = planned_rounds(seconds, moving)
+                    most = round(PATIENCE * planned)
+                until = start + seconds * (len(rounds) + 1) / planned
+                passes: list[Blocks] = []
+                while not passes or _now_s() < until:
+                    for _ in range(2):  # both orders
+                        passes.append(_run_pass(runners, number, calls, samples, launched))
+                        number += 1
+                        if len(passes) == 1 and _now_s() >= until:
+                            break  # too slow for that: the next round begins with the other order
+                rounds.append(tuple(passes))
+                if tell is not None:
+                    tell(min(1.0, len(rounds) / planned), found())
+        except KeyboardInterrupt:
+            if len(rounds) < 2:
+                raise
+            raise RaceInterrupted(found()) from None
+    return found()
+
+
+def _mode(runners: Sequence[Runner]) -> Any:
+    return torch.inference_mode(mode=not any(runner.is_training for runner in runners))
 
 
 def planned_rounds(seconds: float, moving: float) -> int:
@@ -168,20 +180,28 @@ def _move(runners: Sequence[Runner], number: int, order: Sequence[int]) -> float
 
 
 def _run_pass(
-    runners: Sequence[Runner], number: int, calls: int, samples: list[list[float]]
+    runners: Sequence[Runner],
+    number: int,
+    calls: int,
+    samples: list[list[float]],
+    launched: list[list[float]],
 ) -> Blocks:
     medians = [0.0] * len(runners)
     for i in order_of_pass(number, len(runners)):
-        block = timed(runners[i], calls)
+        block = timed(runners[i], calls, launched[i])
         samples[i] += block
         medians[i] = statistics.median(block)
     return medians
 
 
-def timed(runner: Runner, calls: int) -> list[float]:
-    """Return the time of each of `calls` calls in ms."""
+def timed(runner: Runner, calls: int, launched: list[float] | None = None) -> list[float]:
+    """Return the time of each of `calls` calls in ms.
+
+    Of a runner that is timed by events, `launched` gets the share of that time in which the host
+    was launching.
+    """
     if runner.events is not None:
-        return _timed_by_events(runner.call, calls, runner.events)
+        return _timed_by_events(runner.call, calls, runner.events, launched)
     clock, call = clock_ns, runner.call
     marks = [clock()]
     for _ in range(calls):
@@ -190,15 +210,22 @@ def timed(runner: Runner, calls: int) -> list[float]:
     return [(after - before) / 1e6 for before, after in zip(marks, marks[1:], strict=False)]
 
 
-def _timed_by_events(call: Call, calls: int, device: torch.device) -> list[float]:
+def _timed_by_events(
+    call: Call, calls: int, device: torch.device, launched: list[float] | None
+) -> list[float]:
     """Time on the device itself: the calls only enqueue, so that a wall clock would see nothing."""
     with torch.cuda.device(device):
         event: Any = torch.cuda.Event
         marks = [event(enable_timing=True) for _ in range(calls + 1)]
         torch.cuda.synchronize()
+        start = clock_ns()
         marks[0].record()
         for mark in marks[1:]:
             call()
             mark.record()
+        busy = clock_ns() - start
         torch.cuda.synchronize()
+        whole = clock_ns() - start
+    if launched is not None:
+        launched.append(busy / max(whole, 1))
     return [before.elapsed_time(after) for before, after in zip(marks, marks[1:], strict=False)]

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
+from attnsurgeon.blocks.options import option_types
 from attnsurgeon.errors import BadOption
 
 AROUND = ("post", "standard", "pre", "identity", "conv")
@@ -51,11 +52,13 @@ class AttentionBlock(nn.Module):
     `layouts` are those of the hosts' maps that it can serve so.
     """
 
-    title: ClassVar[str]
-    paper: ClassVar[str]
-    formula: ClassVar[str]
+    title: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    formula: ClassVar[str] = ""
     placements: ClassVar[tuple[str, ...]] = AROUND
     layouts: ClassVar[tuple[str, ...]] = IMAGES
+    convex: ClassVar[bool] = False
+    """Whether its gate mixes branches, and so must stay in [0, 1]."""
 
     @classmethod
     def build(cls, place: Place, **options: Any) -> AttentionBlock:
@@ -77,6 +80,15 @@ class AttentionBlock(nn.Module):
         Two axes are every constructor's default, so that a block for images need not name them.
         """
         return {} if place.dims == 2 else {"dims": place.dims}
+
+    @classmethod
+    def option_types(cls) -> dict[str, Any]:
+        """Return option -> annotated type of what a user may set: keyword-only arguments.
+
+        Raises:
+            BadOption: an annotation cannot be read.
+        """
+        return option_types(cls.__init__, cls.measured(Place(1, dims=3)))
 
 
 def hidden_width(channels: int, reduction: int, ratio: float | None) -> int:

@@ -15,42 +15,14 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnsurgeon import blocks
-from attnsurgeon.blocks.block import AROUND, MAPS, AttentionBlock, Place, one_of
+from attnsurgeon.blocks.block import AROUND, MAPS, AttentionBlock, Place
 from attnsurgeon.blocks.spatial import batch_norm, convolution, per_axis, positions
+from attnsurgeon.blocks.vector_norm import vector_norm
 from attnsurgeon.errors import BadOption
 from attnsurgeon.gate import Gate
-
-
-class VectorNorm(nn.BatchNorm2d):
-    """BatchNorm over (N, d, 1, ...) that says what to do when there is only one vector."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Norm each feature over the batch.
-
-        Raises:
-            AssertionError: training on a batch of 1, whose variance is 0.
-        """
-        if self.training:
-            torch._assert(  # unlike `raise`, this can be traced symbolically
-                x.shape[0] > 1,
-                "a selective-kernel block cannot train on a batch of 1: its squeezed vector has "
-                "one value per channel to norm; use a larger batch, or insert it with norm=layer",
-            )
-            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
-        return F.batch_norm(  # TorchScript knows no super().forward
-            x,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            self.training,
-            0.1,
-            self.eps,
-        )
 
 
 @blocks.register("sk")
@@ -82,6 +54,7 @@ class SelectiveKernel(AttentionBlock):
     )
     placements = (*AROUND, "replace")
     layouts = MAPS
+    convex = True
 
     def __init__(
         self,
@@ -128,9 +101,8 @@ class SelectiveKernel(AttentionBlock):
             )
             self.paths.append(nn.Sequential(conv, batch_norm(dims, channels), nn.ReLU()))
         width = max(1 if dense else min_width, channels // reduction)
-        batch = one_of("norm", norm, ("batch", "layer")) == "batch"
         self.squeeze = convolution(dims, channels, width, 1, bias=False)
-        self.norm = VectorNorm(width) if batch else nn.LayerNorm([width] + [1] * dims)
+        self.norm = vector_norm(norm, width, dims)
         self.select = convolution(dims, width, branches * channels, 1, bias=False)
         self.positions = positions(dims)
         self.gate = Gate()

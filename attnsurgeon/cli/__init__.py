@@ -9,7 +9,19 @@ from typing import Annotated, Any
 
 import typer
 
-from attnsurgeon.cli import bench, blocks, demo, export, insert, models, sites, verify
+from attnsurgeon.cli import (
+    bench,
+    blocks,
+    demo,
+    export,
+    gates,
+    insert,
+    models,
+    remove,
+    show,
+    sites,
+    verify,
+)
 from attnsurgeon.cli.shell import Group
 
 app = typer.Typer(
@@ -22,7 +34,7 @@ app = typer.Typer(
     help="Insert attention into pretrained vision networks without changing a bit of what they "
     "compute; export them proven equal; measure what it costs.",
     epilog="Exit codes: 0 done, 2 something you can put right, 3 identity broken, 4 an export "
-    "differs, 130 interrupted.",
+    "differs, 5 slower than --fail-above allows, 130 interrupted.",
 )
 
 
@@ -39,11 +51,20 @@ def _top(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    own_block: Annotated[
+        list[str] | None,
+        typer.Option(help="Attention of your own that a file names: path/to/file.py:Class."),
+    ] = None,
 ) -> None:
     """Hold what stands before a command."""
+    if own_block:
+        from attnsurgeon import blocks
+
+        for text in own_block:
+            blocks.learn(text)
 
 
-for _command in (insert, export, bench, sites, blocks, models, verify, demo):
+for _command in (insert, export, bench, gates, show, remove, sites, blocks, models, verify, demo):
     _command.add_to(app)
 
 

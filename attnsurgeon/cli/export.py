@@ -21,6 +21,8 @@ EXAMPLES = """\b
 Examples:
   attnsurgeon export resnet50_se.safetensors -o resnet50_se.onnx
   attnsurgeon export resnet50_se.safetensors -o resnet50_se.pt --input-size 320,256
+  attnsurgeon export resnet50_se.safetensors -o resnet50_se.pt2 --static
+  attnsurgeon export resnet50_se.safetensors -o model.py
   attnsurgeon export resnet50_se.safetensors --checkpoint trained.pth -o trained.onnx --opset 18
   attnsurgeon export mine_se.safetensors --host nets/mine.py:build -o mine_se.onnx
 """
@@ -31,15 +33,22 @@ def add_to(app: typer.Typer) -> None:
     app.command(
         "export",
         cls=list_command(1, input=is_shape, model_arg=is_assignment),
-        short_help="Write ONNX or TorchScript, proven equal.",
+        short_help="Write it for deployment, proven equal.",
         epilog=EXAMPLES,
     )(export)
 
 
 def export(
     file: Annotated[str, typer.Argument(help="A file of attnsurgeon, a name, or FILE.py:FACTORY.")],
-    output: Annotated[Path, typer.Option("-o", "--output", help="A .onnx or .pt file to write.")],
+    output: Annotated[Path, typer.Option("-o", "--output", help="A .onnx, .pt, .pt2 or .py file.")],
     opset: Annotated[int | None, typer.Option(help="ONNX operator set; 20 by default.")] = None,
+    exporter: Annotated[
+        str,
+        typer.Option(help="Of .onnx: dynamo, torchscript, or auto (dynamo if it can)."),
+    ] = "auto",
+    optimize: Annotated[
+        bool, typer.Option("--optimize", help="Freeze a .pt file: weights become constants.")
+    ] = False,
     input_size: Annotated[
         str | None, typer.Option(help="H or H,W in pixels; the network's own by default.")
     ] = None,
@@ -63,18 +72,22 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Export to ONNX or TorchScript, re-open the file and compare it with the model.
+    """Write a file for deployment, re-open it and compare it with the model.
+
+    Formats by suffix: .onnx, .pt (TorchScript), .pt2 (torch.export), .py (plain code).
 
     The comparison runs with the gates as they are and with every gate opened at random, at
     batch 1, 2 and 5 and another input size. A file that differs is not kept (exit 4).
     """
     from attnsurgeon.export import export_model
-    from attnsurgeon.export.format import format_for
+    from attnsurgeon.export.format import Settings, format_for
     from attnsurgeon.job import open_target
     from attnsurgeon.outputs import check_output
     from attnsurgeon.report.artifact import show_artifact
 
-    format_for(output)
+    format_for(output).check(
+        Settings(opset=opset, dynamic=not static, exporter=exporter, optimize=optimize)
+    )
     check_output(output, force=force)
     size = read_size(input_size)
     tell(f"loading {file}")
@@ -94,6 +107,8 @@ def export(
         opened.model,
         output,
         opset=opset,
+        exporter=exporter,
+        optimize=optimize,
         input_size=size,
         static=static,
         force=force,

@@ -34,6 +34,7 @@ Examples:
   attnsurgeon insert resnet50_se.safetensors --block gc --at layer4.2 -o both.onnx
   attnsurgeon insert nets/mine.py:build --input 1,3,32,32 --checkpoint mine.pth --block se
   attnsurgeon insert timm:resnet50 --plan plan.json
+  attnsurgeon insert resnet50 --block path/to/mine.py:MyAttention
 """
 
 
@@ -61,7 +62,10 @@ def insert(
             "MODULE:FACTORY, or a file of attnsurgeon."
         ),
     ],
-    block: Annotated[str | None, typer.Option(help="se, cbam, sk or gc.")] = None,
+    block: Annotated[
+        str | None,
+        typer.Option(help="A name of `attnsurgeon blocks`, timm:NAME, or path/to/file.py:Class."),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="A .safetensors, .onnx or .pt file to write."),
@@ -105,6 +109,9 @@ def insert(
     input_: Inputs = None,
     host: OwnHost = None,
     seed: Annotated[int, typer.Option(help="Of the new weights.")] = 0,
+    stack: Annotated[
+        bool, typer.Option("--stack", help="Put it also where the same block is already.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be done; write nothing.")
     ] = False,
@@ -139,6 +146,7 @@ def insert(
         inputs=tuple(input_ or ()),
         host=host,
         seed=seed,
+        stack=stack,
         dry_run=dry_run,
         force=force,
     )

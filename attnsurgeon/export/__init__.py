@@ -9,34 +9,25 @@ import importlib
 import json
 import os
 import pkgutil
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from attnsurgeon.borrow import borrowed_randomness
 from attnsurgeon.card import HostCard, card_of
-from attnsurgeon.errors import BadOption, ExportDiffers, HostUnusable
-from attnsurgeon.export.format import Draft, Format, Settings, format_for, formats
-from attnsurgeon.export.proof import Check, check_file, gate_values, opened_values
+from attnsurgeon.export.format import Settings, format_for, formats
+from attnsurgeon.export.inputs import Inputs, example_inputs, resized, size_of, trials
+from attnsurgeon.export.proof import Check, gate_values
+from attnsurgeon.export.prove import prove
 from attnsurgeon.outputs import atomic_output
-from attnsurgeon.sites import default_example
 from attnsurgeon.store import make_recipe
 from attnsurgeon.surgery import cuts_of
-from attnsurgeon.trial import runs_on
 
 __all__ = ["Artifact", "Check", "export_model", "export_suffixes"]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
-
-
-LARGEST_SIDE = 2**14
-"""Pixels of an input's side: what is exported is run as well, and has to fit into memory."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +36,7 @@ class Artifact:
 
     Attributes:
         output: its path.
-        format: onnx or torchscript.
+        format: onnx, torchscript, torch.export or python.
         bytes: its size.
         opset: of an ONNX file.
         dynamic: whether batch, height and width are free.
@@ -85,22 +76,31 @@ def export_model(
     opset: int | None = None,
     input_size: tuple[int, int] | None = None,
     static: bool = False,
-    example: Tensor | None = None,
+    exporter: str = "auto",
+    optimize: bool = False,
+    example: Any = None,
     force: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Artifact:
-    """Write a network to `.onnx` or `.pt`, re-open the file and compare it with the model.
+    """Write a network to a file for deployment, re-open it and compare it with the model.
 
-    The comparison runs with the gates as they are and, on a second file made by the same
-    passes, with every gate open at a random value; at batch 1, 2 and 5 and at another size.
+    The suffix chooses the format: .onnx, .pt (TorchScript), .pt2 (torch.export), .py (plain code).
+
+    The comparison runs with the gates as they are and with every gate open at a value of its own
+    (in the file itself, or where a format folds them, in a twin made by the same passes); at batch
+    1, 2 and 5 and at another size.
 
     Args:
-        model: any network that takes one image batch; it is left untouched.
+        model: any network; it is left untouched.
         output: the file; its suffix chooses the format.
         opset: of an ONNX file; the exporter's own choice by default.
         input_size: height and width; those of the host by default.
         static: fix batch (1), height and width, for networks that cannot do otherwise.
-        example: an image batch that gives channels, dtype and size instead.
+        exporter: of an ONNX file: dynamo, torchscript, or auto, which takes the second where
+            torch.export refuses the network.
+        optimize: freeze a TorchScript file: its weights become constants, its norms are folded.
+        example: an image batch that gives channels, dtype and size instead; or a tuple of
+            inputs, or a list of images for a network that takes lists.
         force: replace an existing file.
         progress: is told what is being done.
 
@@ -112,133 +112,36 @@ def export_model(
         ExportDiffers: the file does not compute what the model computes; it is removed.
     """
     kind = format_for(output)
-    image = _image(model, example, input_size)
-    settings = Settings(opset=opset, dynamic=not static, metadata=_metadata(model, image))
+    settings = Settings(opset=opset, dynamic=not static, exporter=exporter, optimize=optimize)
+    kind.check(settings)
+    inputs = example_inputs(model, example, input_size)
+    metadata = _metadata(model, inputs)
     with atomic_output(output, force=force) as part:
         progress(f"translating to {kind.name}")
-        draft = kind.draft(model, (_random(image, 1 if static else 2),), settings)
-        batches = _batches(model, image, static)
+        pair = resized(inputs, 1 if static else 2, size_of(inputs))  # 1 would be a constant
+        draft = kind.draft(model, pair, settings, metadata)
+        batches = trials(model, inputs, static=static)
         draft.write(part, gate_values(model))
-        if not static:
-            _check_free(kind, part)
-        checks = _prove(kind, draft, model, part, batches, progress)
-        written, size = kind.opset(part), part.stat().st_size
-        if opset is not None and written != opset:
-            raise BadOption(f"--opset {opset} cannot be written: the exporter made {written}")
+        notices, size = draft.notices, part.stat().st_size
+        read = draft.reader or kind.open
+        twin = draft if draft.folds_gates else None
+        del draft  # its weights need not stand in memory beside those that are read
+        proof = prove(kind.name, read, twin, part, model, batches, settings, progress)
     return Artifact(
         output=str(output),
         format=kind.name,
         bytes=size,
-        opset=written,
+        opset=proof.opset,
         dynamic=not static,
-        checks=tuple(checks),
-        notices=draft.notices,
+        checks=proof.checks,
+        notices=(*notices, *proof.notices),
     )
 
 
-def _check_free(kind: Format, part: Path) -> None:
-    """Read the axes back from the file.
-
-    Raises:
-        ExportDiffers: one that should be free came out fixed.
-    """
-    fixed = kind.fixed_axes(part)
-    if fixed:
-        raise ExportDiffers(
-            f"{', '.join(fixed)} came out fixed; nothing was kept; "
-            "give --static if that is what you want"
-        )
-
-
-def _prove(
-    kind: Format,
-    draft: Draft,
-    model: nn.Module,
-    part: Path,
-    batches: list[Tensor],
-    progress: Callable[[str], None],
-) -> list[Check]:
-    """Compare the written file, and its twin with opened gates, with the model.
-
-    Raises:
-        ExportDiffers: one comparison failed.
-    """
-    own = gate_values(model)
-    label = "open" if any(bool(value.any()) for value in own.values()) else "closed"
-    progress("checking it from disk, gates as they are")
-    checks = check_file(kind.open(part), model, own, label, batches)
-    if own:
-        progress("checking it from disk, gates open")
-        opened = opened_values(model, (batches[0],))
-        with tempfile.TemporaryDirectory(prefix="attnsurgeon-") as folder:
-            twin = Path(folder) / "opened"
-            draft.write(twin, opened)
-            checks += check_file(kind.open(twin), model, opened, "open", batches)
-    for check in checks:
-        if not check.passed:
-            raise ExportDiffers(
-                f"the {kind.name} file differs from the model with gates {check.gates}, batch "
-                f"{check.batch}, {check.size[0]}x{check.size[1]} px: max_rel {check.max_rel:.2g}, "
-                f"cosine {check.cosine:.4f}; nothing was kept"
-            )
-    return checks
-
-
-def _image(model: nn.Module, example: Tensor | None, size: tuple[int, int] | None) -> Tensor:
-    """Return one image that the network takes, of the size asked for.
-
-    Raises:
-        BadOption: a size below 1.
-        HostUnusable: the network does not run at this size.
-    """
-    card = card_of(model)
-    if example is None:
-        like = next(iter(model.parameters()), torch.empty(0))
-        known = card.example(like) if card else (default_example(model),)
-        if len(known) != 1 or known[0].ndim != 4:
-            raise HostUnusable("only networks that take one image batch can be exported")
-        example = known[0]
-    image = example[:1]
-    if size is not None:
-        if not 1 <= min(size) <= max(size) <= LARGEST_SIDE:
-            raise BadOption(f"--input-size must be 1 to {LARGEST_SIDE}, not {size[0]},{size[1]}")
-        image = image.new_zeros(1, image.shape[1], *size)
-    if not runs_on(model, (image.expand(2, -1, -1, -1),)):
-        height, width = image.shape[2:]
-        raise HostUnusable(
-            f"{type(model).__name__} does not run on {height}x{width} images; "
-            "give another --input-size"
-        )
-    return image
-
-
-def _batches(model: nn.Module, image: Tensor, static: bool) -> list[Tensor]:
-    """Return what both sides are run on: the size asked for, then other batches and sizes."""
-    if static:
-        return [_random(image, 1)]
-    height, width = image.shape[2:]
-    small = next(
-        size
-        for size in ((64, 96), (height + 32, width), (height, width))
-        if runs_on(model, (image.new_empty(2, image.shape[1], *size),))
-    )
-    # Exactness of another batch does not depend on the size, and a small image is soon done.
-    return [
-        _random(image, 1),
-        _random(image.new_empty(1, image.shape[1], *small), 2),
-        _random(image.new_empty(1, image.shape[1], *small), 5),
-    ]
-
-
-def _random(image: Tensor, batch: int) -> Tensor:
-    with borrowed_randomness(batch):
-        return torch.randn(batch, *image.shape[1:]).to(image.device, image.dtype)
-
-
-def _metadata(model: nn.Module, image: Tensor) -> dict[str, str]:
+def _metadata(model: nn.Module, inputs: Inputs) -> dict[str, str]:
     """Return what a deployer needs beside the graph: recipe, classes, normalisation."""
     card: HostCard | None = card_of(model)
-    metadata = {"input_size": json.dumps(list(image.shape[2:]))}
+    metadata = {"input_size": json.dumps(list(size_of(inputs)))}
     if cuts_of(model):
         metadata["attnsurgeon"] = make_recipe(model).dumps()
     if card is not None and card.categories:

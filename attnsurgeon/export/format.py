@@ -11,10 +11,11 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from attnsurgeon.errors import UnknownName
+from attnsurgeon.errors import ExportRefused, UnknownName
+from attnsurgeon.export.inputs import Inputs
 from attnsurgeon.registry import Registry
 
-Runner = Callable[[tuple[Tensor, ...]], list[Tensor]]
+Runner = Callable[[Inputs], list[Tensor]]
 """Runs a written file: inputs -> the leaves of its outputs, on the CPU; may raise RunFailed."""
 
 
@@ -23,18 +24,68 @@ class RunFailed(Exception):
 
 
 @dataclass(frozen=True)
+class Opened:
+    """A written file, read from disk; calling it runs it.
+
+    Attributes:
+        run: runs it.
+        opset: the opset that the file asks for, if the format has such a thing.
+        fixed_axes: the input axes that the file fixes, as far as it says.
+    """
+
+    run: Runner
+    opset: int | None = None
+    fixed_axes: tuple[str, ...] = ()
+
+    def __call__(self, inputs: Inputs) -> list[Tensor]:
+        """Run the file."""
+        return self.run(inputs)
+
+
+Reader = Callable[[Path, "Mapping[str, Tensor] | None"], Opened]
+"""Opens a written file, with other values for its gates."""
+
+
+@dataclass(frozen=True)
 class Settings:
     """What the user may choose; a format that has no such choice refuses it."""
 
     opset: int | None = None
     dynamic: bool = True
-    metadata: Mapping[str, str] | None = None
+    exporter: str = "auto"
+    optimize: bool = False
+
+
+def refuse_onnx_settings(settings: Settings, suffix: str) -> None:
+    """Refuse what only an ONNX file has.
+
+    Raises:
+        ExportRefused: an opset or an exporter was asked for.
+    """
+    if settings.opset is not None:
+        raise ExportRefused(f"--opset is for .onnx; a {suffix} file has none")
+    if settings.exporter != "auto":
+        raise ExportRefused(f"--exporter is for .onnx; a {suffix} file has one way only")
+
+
+def refuse_optimize(settings: Settings, suffix: str) -> None:
+    """Refuse to freeze what is not TorchScript.
+
+    Raises:
+        ExportRefused: freezing was asked for.
+    """
+    if settings.optimize:
+        raise ExportRefused(f"--optimize freezes TorchScript; a {suffix} file cannot be frozen")
 
 
 class Draft(ABC):
     """A network translated once, which can be written with its gates at any values."""
 
     notices: tuple[str, ...] = ()
+    folds_gates: bool = False
+    """Whether the gates of a written file are out of reach; a twin then proves what is behind."""
+    reader: Reader | None = None
+    """Opens what was written, where the file alone does not hold all of the network."""
 
     @abstractmethod
     def write(self, path: Path, gates: Mapping[str, Tensor]) -> None:
@@ -47,25 +98,35 @@ class Format(ABC):
     name: ClassVar[str]
 
     @abstractmethod
-    def draft(self, model: nn.Module, inputs: tuple[Tensor, ...], settings: Settings) -> Draft:
-        """Translate a network in eval mode.
+    def check(self, settings: Settings) -> None:
+        """Refuse what cannot be written, before anything is loaded or translated.
 
         Raises:
-            ExportRefused: the network, or a setting, is not one for this format.
+            BadOption, ExportRefused: a setting is not one for this format.
             MissingPackage: what writes the format is missing or known to be wrong.
         """
 
     @abstractmethod
-    def open(self, path: Path) -> Runner:
-        """Read a written file from disk and return what runs it."""
+    def draft(
+        self, model: nn.Module, inputs: Inputs, settings: Settings, metadata: Mapping[str, str]
+    ) -> Draft:
+        """Translate a network in eval mode.
 
-    def opset(self, path: Path) -> int | None:
-        """Return the opset that a written file asks for, if the format has such a thing."""
-        return None
+        Raises:
+            ExportRefused: the network is not one for this format.
+        """
 
-    def fixed_axes(self, path: Path) -> list[str]:
-        """Return the input axes that a written file fixes, as far as it says."""
-        return []
+    @abstractmethod
+    def open(self, path: Path, gates: Mapping[str, Tensor] | None = None) -> Opened:
+        """Read a written file from disk.
+
+        Args:
+            path: the file, which is left as it is.
+            gates: values for its gates in place of its own, unless the draft folded them.
+
+        Raises:
+            BadFile: it cannot be run, or has no such gates.
+        """
 
 
 formats: Registry[Format] = Registry("export format")
@@ -93,8 +154,13 @@ def format_for(path: str | os.PathLike[str]) -> Format:
     return formats.get(suffix)
 
 
-def leaves_on_cpu(output: Any) -> list[Tensor]:
-    """Return the tensors of any output structure, on the CPU."""
+def leaves(output: Any) -> list[Tensor]:
+    """Return the tensors of any output structure."""
     from torch.utils._pytree import tree_leaves
 
-    return [leaf.detach().cpu() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+
+
+def leaves_on_cpu(output: Any) -> list[Tensor]:
+    """Return the tensors of any output structure, on the CPU."""
+    return [leaf.detach().cpu() for leaf in leaves(output)]

@@ -1,9 +1,9 @@
-"""ONNX by torch's dynamo exporter, with a batch, a height and a width that stay free."""
+"""ONNX: one file for ONNX Runtime and every other runtime that reads the standard."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -11,21 +11,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from attnsurgeon.borrow import borrowed_modes
-from attnsurgeon.errors import BadFile, BadOption, ExportRefused, MissingPackage
-from attnsurgeon.export.format import Draft, Format, RunFailed, Runner, Settings, register
+from attnsurgeon.errors import BadFile, BadOption, ExportRefused, MissingPackage, UnknownName
+from attnsurgeon.export import onnx_dynamo, onnx_traced
+from attnsurgeon.export.format import Draft, Format, Opened, Settings, refuse_optimize, register
+from attnsurgeon.export.fresh import FreshProcess
+from attnsurgeon.export.inputs import Inputs, tensors_of
+from attnsurgeon.export.onnx_file import read_file, write_file
+from attnsurgeon.export.onnx_runtime import newest_ir, newest_opset
 from attnsurgeon.gate import named_gates
 
-OLDEST_OPSET = 18
-"""The dynamo exporter writes 18 and up."""
+EXPORTERS = ("auto", "dynamo", "torchscript")
 
 MOST_BYTES = 2**31
 """An ONNX file is one protobuf message, which cannot be larger."""
 
-AXES = ("batch", None, "height", "width")
-"""Names of the free axes of an image batch."""
-
 _WRONG_ONNXSCRIPT = {f"0.5.{patch}" for patch in range(7)}
+_FELL_BACK = "{}; the TorchScript-based exporter was used instead"
 
 
 def check_onnxscript() -> None:
@@ -42,17 +43,23 @@ def check_onnxscript() -> None:
         )
 
 
-def check_opset(opset: int | None) -> None:
-    """Refuse an opset that cannot be written.
+def check_opset(opset: int | None, exporter: str = "auto") -> None:
+    """Refuse an opset that cannot be written, or not by this exporter, or not be read.
 
     Raises:
-        BadOption: below 18, or above the newest that the installed onnx knows.
+        BadOption: below 17, 17 by the dynamo exporter, or above the newest that the installed
+            onnx and onnxruntime know.
     """
-    import onnx
-
-    newest = onnx.defs.onnx_opset_version()
-    if opset is not None and not OLDEST_OPSET <= opset <= newest:
-        raise BadOption(f"--opset must be {OLDEST_OPSET} to {newest}, not {opset}")
+    if opset is None:
+        return
+    oldest, newest = onnx_traced.OLDEST_OPSET, newest_opset()
+    if not oldest <= opset <= newest:
+        raise BadOption(f"--opset must be {oldest} to {newest}, not {opset}")
+    if exporter == "dynamo" and opset < onnx_dynamo.OLDEST_OPSET:
+        raise BadOption(
+            f"the dynamo exporter writes opset {onnx_dynamo.OLDEST_OPSET} and newer, not {opset}; "
+            "give --exporter torchscript"
+        )
 
 
 def write_onnx(
@@ -68,7 +75,8 @@ def write_onnx(
     Raises:
         ExportRefused, BadOption, MissingPackage: see Onnx.draft.
     """
-    draft = Onnx().draft(model, inputs, Settings(opset=opset, dynamic=dynamic))
+    settings = Settings(opset=opset, dynamic=dynamic, exporter="dynamo")
+    draft = Onnx().draft(model, inputs, settings, {})
     draft.write(path, {name: gate.detach() for name, gate in named_gates(model).items()})
 
 
@@ -87,167 +95,129 @@ def _check_bytes(model: nn.Module) -> None:
 
 
 class _OnnxDraft(Draft):
-    def __init__(self, program: Any, opset: int | None, metadata: Mapping[str, str]) -> None:
-        self.program = program
-        self.opset = opset
+    def __init__(
+        self, model: Any, metadata: Mapping[str, str], notices: tuple[str, ...] = ()
+    ) -> None:
+        self.model = model
+        self.notices = notices
         self.metadata = dict(metadata)
 
     def write(self, path: Path, gates: Mapping[str, Tensor]) -> None:
         import onnx_ir
-        from onnxscript import optimizer, version_converter
 
-        # Gates are set before constants are folded, so that both the closed and the opened file
-        # come out of the same passes: a gate set afterwards would miss what was folded.
-        model = self.program.model.clone()
         for name, value in gates.items():
-            initializer = model.graph.initializers[name]
+            initializer = self.model.graph.initializers[name]
             initializer.const_value = onnx_ir.tensor(value.detach().cpu().numpy(), name=name)
-        optimizer.optimize_ir(model)
-        if self.opset is not None and self.opset != model.opset_imports.get(""):
-            version_converter.convert_version(model, self.opset, fallback=True)
-        model.metadata_props.update(self.metadata)
-        onnx_ir.save(model, path)
+        self.model.metadata_props.update(self.metadata)
+        write_file(self.model, path)
+
+
+@contextmanager
+def _as_inputs(model: Any, names: Iterable[str]) -> Iterator[None]:
+    """Hide the values of some initializers from the passes of the optimizer.
+
+    A gate that is folded away, or merged with another because both are 0, can never again be
+    opened in the file: what is behind it could not be proven.
+    """
+    held = {name: model.graph.initializers.pop(name) for name in names}
+    tensors = {name: value.const_value for name, value in held.items()}
+    for value in held.values():
+        value.const_value = None
+        model.graph.inputs.append(value)
+    try:
+        yield
+    finally:
+        # By name: a conversion to another opset leaves other objects in their places.
+        for value in [value for value in model.graph.inputs if value.name in tensors]:
+            model.graph.inputs.remove(value)
+            value.const_value = tensors[value.name]
+            model.graph.initializers[value.name] = value
 
 
 @register(".onnx")
 class Onnx(Format):
-    """One file for ONNX Runtime and every other runtime that reads the standard."""
+    """By torch's dynamo exporter, or by the older one where that refuses the network."""
 
     name = "onnx"
 
-    def draft(self, model: nn.Module, inputs: tuple[Tensor, ...], settings: Settings) -> Draft:
-        """Translate the network by torch.export and torch.onnx.
+    def check(self, settings: Settings) -> None:
+        """Refuse versions, opsets and exporters that do not exist.
 
         Raises:
-            BadOption: an opset that does not exist.
+            UnknownName: no exporter is called so.
+            ExportRefused: freezing was asked for.
+            BadOption: an opset that cannot be written or read.
             MissingPackage: a version of onnxscript known to be wrong.
-            ExportRefused: torch.export cannot take the network, or not with free axes.
         """
+        if settings.exporter not in EXPORTERS:
+            raise UnknownName("exporter", settings.exporter, EXPORTERS)
+        refuse_optimize(settings, ".onnx")
         check_onnxscript()
-        check_opset(settings.opset)
-        _check_bytes(model)
-        exported = _export(model, inputs, settings.dynamic)
-        names = ["input"] if len(inputs) == 1 else [f"input_{i}" for i in range(len(inputs))]
-        try:
-            program = torch.onnx.export(
-                exported, dynamo=True, optimize=False, verbose=False, input_names=names
-            )
-        except torch.onnx.errors.OnnxExporterError as error:
-            raise ExportRefused(
-                f"{type(model).__name__} cannot be written as ONNX: {_first_line(error)}"
-            ) from error
-        assert program is not None  # it is only when a file name is given
-        if settings.dynamic:
-            _name_axes(program.model)
-        return _OnnxDraft(program, settings.opset, settings.metadata or {})
+        check_opset(settings.opset, settings.exporter)
 
-    def open(self, path: Path) -> Runner:
-        """Check the file and load it in ONNX Runtime on the CPU.
+    def draft(
+        self, model: nn.Module, inputs: Inputs, settings: Settings, metadata: Mapping[str, str]
+    ) -> Draft:
+        """Translate the network and take out what can be computed beforehand, gates excepted.
+
+        Raises:
+            ExportRefused: the exporter cannot take the network, or not with free axes.
+        """
+        self.check(settings)
+        _check_bytes(model)
+        translated, notices = _translate(model, inputs, settings)
+        with _as_inputs(translated, named_gates(model)):
+            _optimize(translated, settings.opset)
+        translated.ir_version = min(translated.ir_version, newest_ir())
+        return _OnnxDraft(translated, metadata, notices)
+
+    def open(self, path: Path, gates: Mapping[str, Tensor] | None = None) -> Opened:
+        """Check the file and load it in ONNX Runtime, on the CPU and in a process of its own.
 
         Raises:
             BadFile: it is no valid ONNX file, or the installed runtime cannot read it.
         """
         import onnx
-        import onnxruntime
-        from onnxruntime.capi import onnxruntime_pybind11_state as state
 
+        file = read_file(path)
         try:
-            onnx.checker.check_model(str(path))
-            session = onnxruntime.InferenceSession(
-                str(path), _session_options(), providers=["CPUExecutionProvider"]
-            )
-        except (onnx.checker.ValidationError, state.Fail, state.InvalidGraph) as error:
+            onnx.checker.check_model(str(path), full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise BadFile(f"{path.name} is no ONNX file that can be run: {error}") from error
-        except (state.NotImplemented, state.InvalidArgument, state.InvalidProtobuf) as error:
-            raise BadFile(f"onnxruntime cannot read {path.name}: {_first_line(error)}") from error
-        names = [node.name for node in session.get_inputs()]
+        process = FreshProcess(path.name, "open_onnx", str(path), file.patches(gates or {}))
 
-        def run(inputs: tuple[Tensor, ...]) -> list[Tensor]:
-            feed = {
-                name: part.detach().cpu().numpy() for name, part in zip(names, inputs, strict=True)
-            }
-            try:
-                return [torch.from_numpy(array) for array in session.run(None, feed)]
-            except (state.Fail, state.InvalidArgument, state.RuntimeException) as error:
-                raise RunFailed(_first_line(error)) from error
+        def run(inputs: Inputs) -> list[Tensor]:
+            arrays = process([part.detach().cpu().numpy() for part in tensors_of(inputs)])
+            return [torch.from_numpy(array) for array in arrays]
 
-        return run
-
-    def opset(self, path: Path) -> int | None:
-        """Return the version of the default operator set."""
-        import onnx
-
-        model = onnx.load(str(path), load_external_data=False)
-        return next((o.version for o in model.opset_import if o.domain in ("", "ai.onnx")), None)
-
-    def fixed_axes(self, path: Path) -> list[str]:
-        """Return the image axes of the inputs that the file fixes to a number."""
-        import onnx
-
-        model = onnx.load(str(path), load_external_data=False)
-        return [
-            f"{node.name}.{axis}"
-            for node in model.graph.input
-            for axis, dim in zip(AXES, node.type.tensor_type.shape.dim, strict=False)
-            if axis is not None and dim.HasField("dim_value")
-        ]
+        return Opened(run, opset=file.opset, fixed_axes=tuple(file.fixed_axes))
 
 
-def _session_options() -> Any:
-    import onnxruntime
+def _translate(model: nn.Module, inputs: Inputs, settings: Settings) -> tuple[Any, tuple[str, ...]]:
+    """Return the network by the exporter asked for, and what to tell about a choice.
 
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # warnings of its optimizer are no business of the user's
-    return options
-
-
-def _export(
-    model: nn.Module, inputs: tuple[Tensor, ...], dynamic: bool
-) -> torch.export.ExportedProgram:
-    free = torch.export.Dim.DYNAMIC  # unlike AUTO, it refuses to come out fixed
-    shapes = tuple(
-        {i: free for i, axis in enumerate(AXES[: part.ndim]) if axis is not None} for part in inputs
-    )
-    with torch.no_grad(), borrowed_modes(model):
-        model.eval()
+    Raises:
+        ExportRefused: by the exporter asked for, or by both.
+    """
+    opset, dynamic = settings.opset, settings.dynamic
+    too_old = opset is not None and opset < onnx_dynamo.OLDEST_OPSET
+    if settings.exporter == "torchscript" or (settings.exporter == "auto" and too_old):
+        return onnx_traced.translate(model, inputs, dynamic=dynamic, opset=opset), ()
+    try:
+        return onnx_dynamo.translate(model, inputs, dynamic=dynamic), ()
+    except ExportRefused as refused:
+        if settings.exporter == "dynamo":
+            raise
         try:
-            return torch.export.export(
-                model, inputs, dynamic_shapes=_like_signature(model, shapes) if dynamic else None
-            )
-        except Exception as error:  # the exporter raises errors of a dozen unrelated classes
-            remedy = "; give --static to fix batch, height and width" if dynamic else ""
-            raise ExportRefused(
-                f"torch.export cannot take {type(model).__name__}: {_first_line(error)}{remedy}"
-            ) from error
+            made = onnx_traced.translate(model, inputs, dynamic=dynamic, opset=opset)
+        except ExportRefused as too:
+            raise ExportRefused(f"{refused}; {too}") from refused
+        return made, (_FELL_BACK.format(refused),)
 
 
-def _like_signature(model: nn.Module, shapes: Sequence[Any]) -> tuple[Any, ...]:
-    """Return one entry per input; a host with *args in front wants them in a tuple of its own."""
-    import inspect
+def _optimize(model: Any, opset: int | None) -> None:
+    from onnxscript import optimizer, version_converter
 
-    parameters = list(inspect.signature(model.forward).parameters.values())
-    variadic = bool(parameters) and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL
-    return (tuple(shapes),) if variadic else tuple(shapes)
-
-
-def _name_axes(model: Any) -> None:
-    """Call the free axes batch, height and width wherever their symbols stand."""
-    import onnx_ir
-
-    names: dict[str, str] = {}
-    for value in model.graph.inputs:
-        for axis, dim in zip(AXES, value.shape, strict=False):
-            if axis is not None and isinstance(dim, onnx_ir.SymbolicDim) and dim.value:
-                names.setdefault(dim.value, axis)
-    pattern = re.compile("|".join(rf"\b{re.escape(symbol)}\b" for symbol in names) or r"(?!)")
-    values = [*model.graph.inputs, *(out for node in model.graph for out in node.outputs)]
-    for value in values:
-        for i, dim in enumerate(value.shape or ()):
-            if isinstance(dim, onnx_ir.SymbolicDim) and dim.value:
-                value.shape[i] = pattern.sub(lambda found: names[found.group()], dim.value)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    told = " ".join(lines[:2]) if lines and lines[0].endswith(":") else "".join(lines[:1])
-    return told or type(error).__name__
+    optimizer.optimize_ir(model)
+    if opset is not None and opset != model.opset_imports.get(""):
+        version_converter.convert_version(model, opset, fallback=True)

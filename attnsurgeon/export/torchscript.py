@@ -17,12 +17,15 @@ from attnsurgeon.errors import BadFile, ExportRefused
 from attnsurgeon.export.format import (
     Draft,
     Format,
+    Opened,
     RunFailed,
     Runner,
     Settings,
     leaves_on_cpu,
+    refuse_onnx_settings,
     register,
 )
+from attnsurgeon.export.inputs import Inputs, on_cpu, resized, size_of
 
 NOTICE = (
     "TorchScript is deprecated as of torch 2.11: the file runs where torch.jit still is; "
@@ -40,7 +43,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def make_torchscript(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.jit.ScriptModule:
+def make_torchscript(model: nn.Module, inputs: Inputs) -> torch.jit.ScriptModule:
     """Return the network in eval mode as TorchScript, scripted where possible, else traced.
 
     Raises:
@@ -49,7 +52,7 @@ def make_torchscript(model: nn.Module, inputs: tuple[Tensor, ...]) -> torch.jit.
     return _make(model, inputs)[0]
 
 
-def _make(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[torch.jit.ScriptModule, bool]:
+def _make(model: nn.Module, inputs: Inputs) -> tuple[torch.jit.ScriptModule, bool]:
     with _quiet(), torch.no_grad(), borrowed_modes(model):
         model.eval()
         try:
@@ -57,7 +60,7 @@ def _make(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[torch.jit.Scrip
         except Exception:  # whatever the compiler cannot take is tried by tracing
             pass
         try:
-            return torch.jit.trace(model, inputs, check_trace=False), False
+            return torch.jit.trace(model, inputs, check_trace=False, strict=False), False
         except Exception as error:
             first = str(error).strip().splitlines()[0]
             raise ExportRefused(
@@ -66,10 +69,23 @@ def _make(model: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[torch.jit.Scrip
             ) from error
 
 
+def freeze_torchscript(module: torch.jit.ScriptModule) -> torch.jit.ScriptModule:
+    """Return a copy with its weights as constants, optimised for inference where it lies."""
+    with _quiet(), torch.no_grad():
+        frozen: torch.jit.ScriptModule = torch.jit.freeze(module.eval())
+        return torch.jit.optimize_for_inference(frozen)
+
+
 class _ScriptDraft(Draft):
     def __init__(
-        self, scripted: torch.jit.ScriptModule, is_scripted: bool, metadata: Mapping[str, str]
+        self,
+        scripted: torch.jit.ScriptModule,
+        is_scripted: bool,
+        metadata: Mapping[str, str],
+        *,
+        frozen: bool,
     ) -> None:
+        self.folds_gates = frozen
         self.scripted = scripted
         self.metadata = dict(metadata)
         self.notices = (NOTICE,) if is_scripted else (NOTICE, _TRACED)
@@ -81,9 +97,9 @@ class _ScriptDraft(Draft):
             torch.jit.save(self.scripted, memory)
             memory.seek(0)
             twin = torch.jit.load(memory)
-            parameters = dict(twin.named_parameters())
-            for name, value in gates.items():
-                parameters[name].copy_(value)
+            _set(twin, gates)
+            if self.folds_gates:
+                twin = torch.jit.freeze(twin.eval())
             written = io.BytesIO()
             torch.jit.save(twin, written, _extra_files=self.metadata)
         # Written by Python: on a full disk torch.jit.save would end the whole process.
@@ -96,35 +112,55 @@ class TorchScript(Format):
 
     name = "torchscript"
 
-    def draft(self, model: nn.Module, inputs: tuple[Tensor, ...], settings: Settings) -> Draft:
+    def check(self, settings: Settings) -> None:
+        """Refuse settings of other formats.
+
+        Raises:
+            ExportRefused: an opset or an exporter was asked for.
+        """
+        refuse_onnx_settings(settings, ".pt")
+
+    def draft(
+        self, model: nn.Module, inputs: Inputs, settings: Settings, metadata: Mapping[str, str]
+    ) -> Draft:
         """Script or trace the network.
 
         Raises:
-            ExportRefused: neither works, or an opset was asked for.
+            ExportRefused: neither works.
         """
-        if settings.opset is not None:
-            raise ExportRefused("--opset is for .onnx; a .pt file has none")
+        self.check(settings)
         scripted, is_scripted = _make(model, inputs)
         if not is_scripted and settings.dynamic:
             scripted = _trace_checked(model, inputs, scripted)
-        return _ScriptDraft(scripted, is_scripted, settings.metadata or {})
+        return _ScriptDraft(scripted, is_scripted, metadata, frozen=settings.optimize)
 
-    def open(self, path: Path) -> Runner:
+    def open(self, path: Path, gates: Mapping[str, Tensor] | None = None) -> Opened:
         """Load the file.
 
         Raises:
             BadFile: it is not TorchScript.
         """
         module = load_torchscript(path)[0]
+        _set(module, gates or {})
+        return Opened(_runner(module))
 
-        def run(inputs: tuple[Tensor, ...]) -> list[Tensor]:
-            with _quiet(), torch.no_grad():
-                try:
-                    return leaves_on_cpu(module(*(part.cpu() for part in inputs)))
-                except RuntimeError as error:
-                    raise RunFailed(str(error).strip().splitlines()[-1]) from error
 
-        return run
+def _set(module: torch.jit.ScriptModule, gates: Mapping[str, Tensor]) -> None:
+    parameters = dict(module.named_parameters())
+    with torch.no_grad():
+        for name, value in gates.items():
+            parameters[name].copy_(value)
+
+
+def _runner(module: torch.jit.ScriptModule) -> Runner:
+    def run(inputs: Inputs) -> list[Tensor]:
+        with _quiet(), torch.no_grad():
+            try:
+                return leaves_on_cpu(module(*on_cpu(inputs)))
+            except RuntimeError as error:
+                raise RunFailed(str(error).strip().splitlines()[-1]) from error
+
+    return run
 
 
 def load_torchscript(
@@ -148,14 +184,14 @@ def load_torchscript(
 
 
 def _trace_checked(
-    model: nn.Module, inputs: tuple[Tensor, ...], traced: torch.jit.ScriptModule
+    model: nn.Module, inputs: Inputs, traced: torch.jit.ScriptModule
 ) -> torch.jit.ScriptModule:
     """Return the trace if it takes another batch size; sizes baked in are refused here.
 
     Raises:
         ExportRefused: the trace is fixed to the batch that it was made with.
     """
-    other = tuple(torch.cat([part, part[:1]]) for part in inputs)
+    other = resized(inputs, 3, size_of(inputs))
     try:
         with _quiet(), torch.no_grad(), borrowed_modes(model):
             model.eval()

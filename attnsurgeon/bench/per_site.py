@@ -1,0 +1,122 @@
+"""Where the cost sits: the host with one site's attention alone, and all without that one."""
+
+from __future__ import annotations
+
+import dataclasses
+import glob
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from attnsurgeon.bench.findings import Job, SiteCost, SiteCosts
+from attnsurgeon.bench.interval import Estimate, estimate
+from attnsurgeon.bench.rounds import Race
+from attnsurgeon.bench.targets import Inputs, Target
+from attnsurgeon.bench.timing import Runner, race
+from attnsurgeon.borrow import borrowed_buffers
+from attnsurgeon.errors import BadOption
+from attnsurgeon.plan import Cut
+from attnsurgeon.surgery import cuts_of, remove_attention
+
+
+def check_sites(targets: Sequence[Target]) -> None:
+    """Refuse targets of which nothing could be taken out.
+
+    Raises:
+        BadOption: none of them is a network that holds attention.
+    """
+    if not any(_is_operated(target) for target in targets):
+        raise BadOption(
+            "--per-site needs a network with attention of attnsurgeon: give a .safetensors file "
+            "that `attnsurgeon insert` wrote"
+        )
+
+
+def _is_operated(target: Target) -> bool:
+    return target.model is not None and bool(cuts_of(target.model))
+
+
+def cost_sites(
+    target: Target,
+    job: Job,
+    inputs: Inputs,
+    prepare: Callable[[Target], Runner],
+    seconds: float,
+    tell: Callable[[str, float], None],
+) -> SiteCosts | None:
+    """Time every site of a target on its own; None where it has none.
+
+    Four networks run in turn for each site: the host, the host with that attention alone, all
+    but that one, and all.
+
+    Args:
+        target: with its gates open.
+        job: what runs it, for the record.
+        inputs: one batch on the CPU.
+        prepare: makes a network ready, its first run done.
+        seconds: for each site.
+        tell: is told which site it is, and the share that is done.
+    """
+    if not _is_operated(target):
+        return None
+    paths = list(dict.fromkeys(cut.path for cut in cuts_of(target.module)))
+    shapes = _feature_shapes(target.module, inputs)
+    host, whole = (prepare(one) for one in (_without(target, paths), target))
+    costs: list[SiteCost] = []
+    wholes: list[list[float]] = []
+    for number, path in enumerate(paths):
+        tell(f"site {path}", number / len(paths))
+        others = [other for other in paths if other != path]
+        only, rest = (prepare(_without(target, gone)) for gone in (others, [path]))
+        found = race([host, only, rest, whole], seconds)
+        wholes += found.log_ratios(3, 0)
+        costs.append(_cost_of(_cut_at(target.module, path), shapes[path], found))
+    together = estimate(wholes)
+    return SiteCosts(
+        job=job,
+        target=target.name,
+        sites=tuple(costs),
+        sum_alone_in=math.fsum(cost.alone_in.ratio - 1 for cost in costs),
+        whole=together.ratio - 1,
+        whole95=(together.low - 1, together.high - 1),
+    )
+
+
+def _without(target: Target, paths: Sequence[str]) -> Target:
+    """Return the target without the attention at these sites; gates and weights stay."""
+    if not paths:
+        return target
+    bare = remove_attention(target.module, [glob.escape(path) for path in paths])
+    return dataclasses.replace(target, model=bare.eval())
+
+
+def _cut_at(model: nn.Module, path: str) -> Cut:
+    return next(cut for cut in cuts_of(model) if cut.path == path)
+
+
+def _cost_of(cut: Cut, shape: tuple[int, ...], found: Race) -> SiteCost:
+    alone_in: Estimate = estimate(found.log_ratios(1, 0))
+    alone_out: Estimate = estimate(found.log_ratios(3, 2))
+    return SiteCost(cut.path, cut.placement, cut.block, shape, alone_in, alone_out)
+
+
+def _feature_shapes(model: nn.Module, inputs: Inputs) -> dict[str, tuple[int, ...]]:
+    """Run once and note what each site's attention is given, without the batch."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    hooks = []
+    for cut in cuts_of(model):
+
+        def note(module: nn.Module, given: tuple[Tensor, ...], path: str = cut.path) -> None:
+            shapes.setdefault(path, tuple(given[0].shape[1:]))
+
+        hooks.append(model.get_submodule(cut.child).register_forward_pre_hook(note))
+    one = tuple(part[:1] if isinstance(part, Tensor) else part for part in inputs)
+    try:
+        with torch.no_grad(), borrowed_buffers(model):
+            model(*one)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return shapes

@@ -1,0 +1,135 @@
+"""Make a target ready for an engine, and note what that takes: time, memory, and a first look."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from attnsurgeon.bench.doubts import folded_doubt
+from attnsurgeon.bench.engines import Engine, Place
+from attnsurgeon.bench.exported import GATE_NAME
+from attnsurgeon.bench.inputs import cast_inputs
+from attnsurgeon.bench.memory import Peak, is_out_of_memory
+from attnsurgeon.bench.targets import Inputs, Target
+from attnsurgeon.bench.timing import Runner
+from attnsurgeon.borrow import borrowed_buffers, borrowed_modes, borrowed_values
+from attnsurgeon.errors import AttnSurgeonError, EngineUnavailable, first_line
+
+Leaves = list[Tensor]
+
+
+@dataclass(frozen=True)
+class Ready:
+    """A target that has run once on an engine.
+
+    Attributes:
+        runner: to be timed.
+        output: what the first run returned.
+        load_s: of reading the target and making it ready.
+        first_run_ms: of the first call.
+        peak_host_bytes: of a later call, weights included; None where the system does not tell.
+        peak_device_bytes: the same on the device; None on the CPU.
+    """
+
+    runner: Runner
+    output: Leaves
+    load_s: float
+    first_run_ms: float
+    peak_host_bytes: int | None
+    peak_device_bytes: int | None
+
+
+def make_ready(engine: Engine, name: str, target: Target, inputs: Inputs, place: Place) -> Ready:
+    """Prepare a target and run it twice: once for the first time, once for its memory.
+
+    Args:
+        engine: what is to run it.
+        name: of the engine.
+        target: in the precision and layout that is timed.
+        inputs: on the place's device.
+        place: where.
+
+    Raises:
+        EngineUnavailable: the engine cannot run this precision here; and see the engine.
+    """
+    try:
+        return _make_ready(engine, target, inputs, place)
+    except (RuntimeError, NotImplementedError) as error:
+        is_known = isinstance(error, AttnSurgeonError) or is_out_of_memory(error)
+        if is_known or "not implemented for" not in str(error):
+            raise
+        raise EngineUnavailable(
+            f"{name} cannot run {target.name} in {place.precision} on {place.device}: "
+            f"{first_line(error)}; leave one of them out"
+        ) from error
+
+
+def _make_ready(engine: Engine, target: Target, inputs: Inputs, place: Place) -> Ready:
+    peak = Peak(place.device)
+    start = time.perf_counter()
+    runner = engine.prepare(target, inputs, place)
+    loaded = time.perf_counter()
+    with torch.inference_mode(mode=not place.train):
+        output = (runner.first or runner.call)()
+        _wait(place.device)
+        done = time.perf_counter()
+        leaves = [leaf.detach().cpu() for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        del output
+        peak.restart()
+        runner.call()
+        _wait(place.device)
+    return Ready(
+        runner=runner,
+        output=leaves,
+        load_s=target.read_s + loaded - start,
+        first_run_ms=1e3 * (done - loaded),
+        peak_host_bytes=peak.host_bytes(runner.held_bytes),
+        peak_device_bytes=peak.device_bytes(is_torch=runner.provider is None),
+    )
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def gates_doubt(target: Target, inputs: Inputs, found: Sequence[Tensor]) -> str | None:
+    """Doubt an engine that leaves the attention of a target out.
+
+    Args:
+        target: as it was read, on the CPU, gates open.
+        inputs: a batch on the CPU.
+        found: what the engine returned for it.
+    """
+    if target.model is None or not target.is_opened:
+        return None
+    gates = [p for n, p in target.model.named_parameters() if n.rpartition(".")[2] == GATE_NAME]
+    if not gates:
+        return None
+    batch = _batch_of(inputs)
+    if any(leaf.ndim == 0 or leaf.shape[0] != batch for leaf in found):
+        return None  # no rows that belong to one image each
+    one = cast_inputs(tuple(p[:1] if isinstance(p, Tensor) else p for p in inputs), target)
+    opened = _outputs(target.model, one)
+    with borrowed_values(gates):
+        with torch.no_grad():
+            for gate in gates:
+                gate.zero_()
+        closed = _outputs(target.model, one)
+    return folded_doubt([leaf[:1] for leaf in found], opened, closed)
+
+
+def _batch_of(inputs: Inputs) -> int:
+    return next((part.shape[0] for part in inputs if isinstance(part, Tensor)), 1)
+
+
+def _outputs(model: Any, inputs: Inputs) -> Leaves:
+    with torch.no_grad(), borrowed_modes(model), borrowed_buffers(model):
+        model.eval()
+        return [leaf for leaf in tree_leaves(model(*inputs)) if isinstance(leaf, Tensor)]

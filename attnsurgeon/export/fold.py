@@ -1,0 +1,80 @@
+"""Fold norms into the convolutions before them, in a program of torch.export.
+
+In eval mode a batch norm is `(y - mean) * scale + shift` with `scale = weight / sqrt(var + eps)`,
+channel by channel; after a convolution it is the same convolution with the weight times `scale` and
+the bias `(bias - mean) * scale + shift`. A third of the nodes of a residual network go that way
+before they are translated.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+_CONVOLUTIONS = (
+    torch.ops.aten.conv1d.default,
+    torch.ops.aten.conv2d.default,
+    torch.ops.aten.conv2d.padding,
+    torch.ops.aten.conv3d.default,
+)
+_NORM = torch.ops.aten.batch_norm.default
+
+
+def fold_norms(program: ExportedProgram) -> int:
+    """Fold each norm that alone reads a convolution with weights of its own; return how many.
+
+    The program's own tensors change; those of the model that it was made from do not.
+    """
+    graph = program.graph
+    names = {
+        **program.graph_signature.inputs_to_parameters,
+        **program.graph_signature.inputs_to_buffers,
+    }
+    norms = [node for node in graph.nodes if node.target is _NORM and _can_fold(node, names)]
+    for norm in norms:
+        _fold(program, norm, names)
+    unread = {node.name for node in graph.nodes if node.name in names and not node.users}
+    for node in [node for node in graph.nodes if node.name in unread]:
+        graph.erase_node(node)
+    signature = program.graph_signature
+    signature.input_specs = [s for s in signature.input_specs if s.arg.name not in unread]
+    program.graph_module.recompile()
+    return len(norms)
+
+
+def _can_fold(norm: Node, names: dict[str, str]) -> bool:
+    """Tell whether the norm is in eval mode, and nothing else reads what folding changes."""
+    conv, *tensors = norm.args[:5]
+    if norm.args[5] or not isinstance(conv, Node) or conv.target not in _CONVOLUTIONS:
+        return False
+    bias = conv.args[2] if len(conv.args) > 2 else None
+    held = [conv.args[1], *tensors, *([] if bias is None else [bias])]
+    are_own = all(isinstance(t, Node) and t.name in names and len(t.users) == 1 for t in held)
+    return are_own and len(conv.users) == 1 and not conv.kwargs
+
+
+def _fold(program: ExportedProgram, norm: Node, names: dict[str, str]) -> None:
+    conv: Any = norm.args[0]
+    tensors: Any = norm.args[1:5]
+    eps: Any = norm.args[7]
+    state = program.state_dict
+    weight, shift, mean, var = (state[names[node.name]].double() for node in tensors)
+    scale = weight / (var + eps).sqrt()
+    filters = state[names[conv.args[1].name]]
+    old = conv.args[2] if len(conv.args) > 2 else None
+    bias = 0.0 if old is None else state[names[old.name]].double()
+    per_filter = scale.reshape(-1, *[1] * (filters.ndim - 1))
+    _replace(state, names[conv.args[1].name], filters.double() * per_filter)
+    # The norm's shift is where the bias of the folded convolution goes: it may have had none.
+    _replace(state, names[tensors[1].name], (bias - mean) * scale + shift)
+    conv.args = (*conv.args[:2], tensors[1], *conv.args[3:])
+    norm.replace_all_uses_with(conv)
+    norm.graph.erase_node(norm)
+
+
+def _replace(state: dict[str, Any], name: str, value: Tensor) -> None:
+    state[name] = nn.Parameter(value.detach().to(state[name].dtype), requires_grad=False)

@@ -1,0 +1,104 @@
+"""What a network is translated with and checked on: image batches, several of them, image lists."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from attnsurgeon.borrow import borrowed_randomness
+from attnsurgeon.errors import BadOption, HostUnusable
+from attnsurgeon.sites import as_inputs
+from attnsurgeon.trial import runs_on
+
+LARGEST_SIDE = 2**14
+"""Pixels of an input's side: what is exported is run as well, and has to fit into memory."""
+
+Inputs = tuple[Any, ...]
+"""Positional inputs of a forward: tensors, or lists of images as detection networks take them."""
+
+
+def free_axes(ndim: int) -> dict[int, str]:
+    """Return the axes of an input that stay free: of an image batch, a video, a listed image."""
+    named = {3: (1, 2), 4: (0, 2, 3), 5: (0, 3, 4)}
+    if ndim not in named:
+        return {0: "batch"}
+    *first, height, width = named[ndim]
+    return {**dict.fromkeys(first, "batch"), height: "height", width: "width"}
+
+
+def tensors_of(inputs: Inputs) -> list[Tensor]:
+    """Return all tensors of the inputs, in the order in which exported files take them."""
+    return [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+
+
+def on_cpu(inputs: Inputs) -> Inputs:
+    """Return the same inputs in the memory of the CPU."""
+    moved: Inputs = tree_map_only(Tensor, lambda part: part.cpu(), inputs)
+    return moved
+
+
+def batch_of(inputs: Inputs) -> int:
+    """Return the number of images."""
+    first = inputs[0]
+    return len(first) if isinstance(first, list | tuple) else int(first.shape[0])
+
+
+def size_of(inputs: Inputs) -> tuple[int, int]:
+    """Return height and width of the first image; 1 where it has none."""
+    shape = (1, 1, *tensors_of(inputs)[0].shape)
+    return int(shape[-2]), int(shape[-1])
+
+
+def resized(inputs: Inputs, batch: int, size: tuple[int, int]) -> Inputs:
+    """Return random inputs of the same kinds, of another batch and size; a list stays as long."""
+
+    def make(part: Tensor) -> Tensor:
+        axes = free_axes(part.ndim)
+        wanted = {"batch": batch, "height": size[0], "width": size[1]}
+        shape = [wanted[axes[i]] if i in axes else n for i, n in enumerate(part.shape)]
+        values = torch.randn(shape) if part.dtype.is_floating_point else torch.ones(shape)
+        return values.to(part.device, part.dtype)
+
+    with borrowed_randomness(batch):
+        made: Inputs = tree_map_only(Tensor, make, inputs)
+    return made
+
+
+def example_inputs(model: nn.Module, example: Any, size: tuple[int, int] | None) -> Inputs:
+    """Return one example that the network takes, of the size asked for.
+
+    Raises:
+        BadOption: a size out of range.
+        HostUnusable: the network does not run at this size.
+    """
+    if size is not None and not 1 <= min(size) <= max(size) <= LARGEST_SIDE:
+        raise BadOption(f"--input-size must be 1 to {LARGEST_SIDE}, not {size[0]},{size[1]}")
+    given = (example,) if isinstance(example, list) else as_inputs(model, example)
+    inputs = resized(given, 1, size or size_of(given))
+    if not runs_on(model, resized(inputs, 2, size_of(inputs))):
+        height, width = size_of(inputs)
+        raise HostUnusable(
+            f"{type(model).__name__} does not run on {height}x{width} images; "
+            "give another --input-size"
+        )
+    return inputs
+
+
+def trials(model: nn.Module, inputs: Inputs, *, static: bool) -> list[Inputs]:
+    """Return what both sides are run on: the size asked for, then other batches at two other sizes.
+
+    Exactness of another batch does not depend on the size, and a small image is soon done.
+    """
+    height, width = size_of(inputs)
+    own = [resized(inputs, 1, (height, width))]
+    if static:
+        return own
+    first = [(64, 96), (height + 32, width), (height, width)]
+    second = [(96, 64), (height, width + 32), (height, width)]
+    return own + [
+        next(trial for size in sizes if runs_on(model, trial := resized(inputs, batch, size)))
+        for batch, sizes in ((2, first), (5, second))
+    ]

@@ -1,0 +1,106 @@
+"""Translate a network to ONNX by torch.export and torch's dynamo exporter."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from attnsurgeon.borrow import borrowed_modes
+from attnsurgeon.errors import ExportRefused, first_line
+from attnsurgeon.export.fold import fold_norms
+from attnsurgeon.export.inputs import Inputs, free_axes, tensors_of
+
+OLDEST_OPSET = 18
+"""The exporter writes 18 and up."""
+
+
+def translate(model: nn.Module, inputs: Inputs, *, dynamic: bool) -> Any:
+    """Return the network as an onnx_ir.Model, not optimised yet.
+
+    Raises:
+        ExportRefused: torch.export cannot take the network, or not with free axes.
+    """
+    exported = export_program(model, inputs, dynamic=dynamic)
+    fold_norms(exported)
+    try:
+        program = torch.onnx.export(
+            exported, dynamo=True, optimize=False, verbose=False, input_names=input_names(inputs)
+        )
+    except torch.onnx.errors.OnnxExporterError as error:
+        raise ExportRefused(
+            f"{type(model).__name__} cannot be written as ONNX: {reason_of(error)}"
+        ) from error
+    assert program is not None  # it is only when a file name is given
+    if dynamic:
+        _name_axes(program.model)
+    return program.model
+
+
+def input_names(inputs: Inputs) -> list[str]:
+    """Return `input`, or one numbered name per tensor where there are several."""
+    count = len(tensors_of(inputs))
+    return ["input"] if count == 1 else [f"input_{i}" for i in range(count)]
+
+
+def export_program(
+    model: nn.Module, inputs: Inputs, *, dynamic: bool
+) -> torch.export.ExportedProgram:
+    """Return the network in eval mode as torch.export sees it.
+
+    Raises:
+        ExportRefused: it cannot take the network, or not with free axes.
+    """
+    free = torch.export.Dim.DYNAMIC  # unlike AUTO, it refuses to come out fixed
+    shapes = tree_map(
+        lambda part: (
+            dict.fromkeys(free_axes(part.ndim), free) if isinstance(part, Tensor) else None
+        ),
+        inputs,
+    )
+    with torch.no_grad(), borrowed_modes(model):
+        model.eval()
+        try:
+            return torch.export.export(
+                model, inputs, dynamic_shapes=_like_signature(model, shapes) if dynamic else None
+            )
+        except Exception as error:  # the exporter raises errors of a dozen unrelated classes
+            remedy = "; give --static to fix batch, height and width" if dynamic else ""
+            raise ExportRefused(
+                f"torch.export cannot take {type(model).__name__}: {reason_of(error)}{remedy}"
+            ) from error
+
+
+def _like_signature(model: nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return one entry per input; a host with *args in front wants them in a tuple of its own."""
+    parameters = list(inspect.signature(model.forward).parameters.values())
+    variadic = bool(parameters) and parameters[0].kind is inspect.Parameter.VAR_POSITIONAL
+    return (tuple(shapes),) if variadic else tuple(shapes)
+
+
+def _name_axes(model: Any) -> None:
+    """Call the free axes batch, height and width wherever their symbols stand."""
+    import onnx_ir
+
+    names: dict[str, str] = {}
+    for value in model.graph.inputs:
+        for i, axis in free_axes(len(value.shape)).items():
+            dim = value.shape[i]
+            if isinstance(dim, onnx_ir.SymbolicDim) and dim.value:
+                names.setdefault(dim.value, axis)
+    pattern = re.compile("|".join(rf"\b{re.escape(symbol)}\b" for symbol in names) or r"(?!)")
+    values = [*model.graph.inputs, *(out for node in model.graph for out in node.outputs)]
+    for value in values:
+        for i, dim in enumerate(value.shape or ()):
+            if isinstance(dim, onnx_ir.SymbolicDim) and dim.value:
+                value.shape[i] = pattern.sub(lambda found: names[found.group()], dim.value)
+
+
+def reason_of(error: Exception) -> str:
+    """Return the first line that says why: torch.export puts a heading with a colon before it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:2]) if lines and lines[0].endswith(":") else first_line(error)

@@ -1,0 +1,198 @@
+"""An ONNX file on disk: written tensor by tensor, read with its weights left where they are.
+
+An ONNX file is one protobuf message. Made as a whole, its weights stand in memory four times; here
+they pass through one at a time. The wire format: a message is a row of fields, each a key (number
+and kind), and, for those of bytes, a length before them. Field numbers are those of onnx.proto.
+"""
+
+from __future__ import annotations
+
+import mmap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from attnsurgeon.errors import BadFile
+from attnsurgeon.export.inputs import free_axes
+
+if TYPE_CHECKING:
+    import onnx
+
+_GRAPH, _INITIALIZER = 7, 5
+_TENSOR_NAME, _TENSOR_RAW = 8, 9
+_VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5
+
+
+def write_file(model: Any, path: Path) -> None:
+    """Write an onnx_ir.Model to one file; the model stays as it is."""
+    import onnx_ir
+
+    tensors = dict(model.graph.initializers)
+    model.graph.initializers.clear()
+    try:
+        rest = onnx_ir.serde.serialize_model(model)
+    finally:
+        model.graph.initializers.update(tensors)
+    graph = rest.graph.SerializeToString()
+    rest.ClearField("graph")
+    values = [value.const_value for value in tensors.values()]
+    heads = [_head_of(value, name) for name, value in zip(tensors, values, strict=True)]
+    sizes = [len(head) + value.nbytes for head, value in zip(heads, values, strict=True)]
+    framed = [_key(_INITIALIZER) + _varint(size) for size in sizes]
+    with path.open("wb") as stream:
+        stream.write(rest.SerializeToString())
+        stream.write(_key(_GRAPH) + _varint(len(graph) + sum(map(len, framed)) + sum(sizes)))
+        stream.write(graph)
+        for frame, head, value in zip(framed, heads, values, strict=True):
+            stream.write(frame)
+            stream.write(head)
+            stream.write(value.tobytes())
+
+
+def _head_of(tensor: Any, name: str) -> bytes:
+    """Return what stands before the bytes of a tensor in its message."""
+    import onnx
+
+    proto = onnx.TensorProto(
+        name=name, data_type=tensor.dtype.value, dims=list(tensor.shape.numpy())
+    )
+    head: bytes = proto.SerializeToString()
+    return head + _key(_TENSOR_RAW) + _varint(tensor.nbytes)
+
+
+@dataclass(frozen=True)
+class OnnxFile:
+    """What a file says without its weights, and where their bytes are.
+
+    Attributes:
+        path: of the file.
+        header: the message without the tensors of its graph.
+        spots: name of a tensor -> first and last byte of its values in the file.
+    """
+
+    path: Path
+    header: onnx.ModelProto
+    spots: Mapping[str, tuple[int, int]]
+
+    @property
+    def opset(self) -> int | None:
+        """Return the version of the default operator set."""
+        sets = self.header.opset_import
+        return next((each.version for each in sets if each.domain in ("", "ai.onnx")), None)
+
+    @property
+    def fixed_axes(self) -> list[str]:
+        """Return the image axes of the inputs that the file fixes to a number."""
+        return [
+            f"{node.name}.{axis}"
+            for node in self.header.graph.input
+            for dims in [node.type.tensor_type.shape.dim]
+            for i, axis in free_axes(len(dims)).items()
+            if dims[i].HasField("dim_value")
+        ]
+
+    def patches(self, values: Mapping[str, Tensor]) -> list[tuple[int, bytes]]:
+        """Return where in the file other values of some tensors go, and their bytes.
+
+        Raises:
+            BadFile: it has no tensor of such a name and size.
+        """
+        found = []
+        for name, value in values.items():
+            raw = value.detach().cpu().numpy().tobytes()
+            start, end = self.spots.get(name, (0, 0))
+            if end - start != len(raw):
+                raise BadFile(f"{self.path.name} has no tensor {name!r} of {len(raw)} bytes")
+            found.append((start, raw))
+        return found
+
+
+def read_file(path: Path) -> OnnxFile:
+    """Read all but the weights.
+
+    Raises:
+        BadFile: it is empty or no protobuf message of a model.
+    """
+    import onnx
+    from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
+
+    spots: dict[str, tuple[int, int]] = {}
+    outside, inside = bytearray(), bytearray()
+    try:
+        with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as m:
+            for number, key, start, end in _fields(m, 0, len(m)):
+                if number != _GRAPH:
+                    outside += m[key:end]
+                    continue
+                for inner, inner_key, first, last in _fields(m, start, end):
+                    if inner != _INITIALIZER:
+                        inside += m[inner_key:last]
+                    else:
+                        _note(m, first, last, spots)
+        whole = bytes(outside) + _key(_GRAPH) + _varint(len(inside)) + bytes(inside)
+        header = onnx.ModelProto.FromString(whole)
+    except (ValueError, IndexError, DecodeError) as error:
+        raise BadFile(f"{path.name} is no ONNX file: {error}") from error
+    return OnnxFile(path, header, spots)
+
+
+def _note(data: mmap.mmap, start: int, end: int, spots: dict[str, tuple[int, int]]) -> None:
+    """Enter where one tensor's values are."""
+    name, spot = "", (0, 0)
+    for number, _, first, last in _fields(data, start, end):
+        if number == _TENSOR_NAME:
+            name = data[first:last].decode()
+        elif number == _TENSOR_RAW:
+            spot = (first, last)
+    spots[name] = spot
+
+
+def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
+    """Yield each field of a message: number, where it begins, where its content begins and ends.
+
+    Raises:
+        ValueError: this is no message.
+    """
+    while start < end:
+        key, content = _read_varint(data, start)
+        number, kind = key >> 3, key & 7
+        if kind == _BYTES:
+            length, content = _read_varint(data, content)
+            last = content + length
+        elif kind == _VARINT:
+            last = _read_varint(data, content)[1]
+        elif kind in (_EIGHT_BYTES, _FOUR_BYTES):
+            last = content + (8 if kind == _EIGHT_BYTES else 4)
+        else:
+            raise ValueError(f"a field of kind {kind}")
+        if last > end:
+            raise ValueError("a field ends beyond its message")
+        yield number, start, content, last
+        start = last
+
+
+def _read_varint(data: mmap.mmap, at: int) -> tuple[int, int]:
+    """Return a number written seven bits a byte, lowest first, and where it ends."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 0x7F) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 0x80:
+            return value, at
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _key(number: int) -> bytes:
+    return _varint(number << 3 | _BYTES)

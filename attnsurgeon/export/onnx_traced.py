@@ -1,0 +1,62 @@
+"""Translate a network to ONNX by torch's older exporter, which traces it.
+
+It takes what torch.export refuses, detection networks above all, and writes opset 17 and older
+ones; what depends on data or sizes in Python code is fixed as it was when traced.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from attnsurgeon.errors import ExportRefused, first_line
+from attnsurgeon.export.inputs import Inputs, free_axes, tensors_of
+from attnsurgeon.export.onnx_dynamo import input_names
+from attnsurgeon.export.proof import gates_at
+from attnsurgeon.gate import named_gates
+
+OLDEST_OPSET, NEWEST_OPSET = 17, 20
+"""Below 17 some operators of the blocks do not exist; above 20 the exporter knows none."""
+
+
+def translate(model: nn.Module, inputs: Inputs, *, dynamic: bool, opset: int | None) -> Any:
+    """Return the network as an onnx_ir.Model, not optimised yet.
+
+    Raises:
+        ExportRefused: it cannot be traced, or has an operation that the exporter does not know.
+    """
+    import onnx
+    import onnx_ir
+
+    names, memory = input_names(inputs), io.BytesIO()
+    axes = {
+        name: free_axes(part.ndim) for name, part in zip(names, tensors_of(inputs), strict=True)
+    }
+    # Parameters of one value become one in the file: gates, all closed, are told apart for a while.
+    apart = {
+        gate: torch.full_like(value, 2.0 + i)
+        for i, (gate, value) in enumerate(named_gates(model).items())
+    }
+    with gates_at(model, apart), torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it is deprecated, and the tracer's doubts
+        try:
+            torch.onnx.export(
+                model,
+                inputs,
+                memory,  # type: ignore[arg-type]  # it takes what can be written to
+                dynamo=False,
+                opset_version=min(opset or OLDEST_OPSET, NEWEST_OPSET),
+                input_names=names,
+                dynamic_axes=axes if dynamic else None,
+                do_constant_folding=False,  # it would fold gates away
+            )
+        except Exception as error:  # of the network's own code, or a dozen classes of the exporter
+            raise ExportRefused(
+                f"the TorchScript-based exporter cannot take {type(model).__name__}: "
+                f"{first_line(error)}"
+            ) from error
+    return onnx_ir.from_proto(onnx.ModelProto.FromString(memory.getvalue()))

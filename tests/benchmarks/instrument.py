@@ -1,0 +1,252 @@
+"""Is the bench itself right? Its intervals, planted differences, and other instruments' medians.
+
+    python tests/benchmarks/instrument.py                 # on a quiet machine, some twenty minutes
+    python tests/benchmarks/instrument.py --load          # with a second process on one core
+    python tests/benchmarks/instrument.py --runs 3 --short 0.2 --long 0.5      # does it run at all
+
+Each line says what was to be shown, what came out and whether it passed; the exit code is 1 if
+one did not. A 95 % interval misses once in twenty times by its nature: that is counted, not hoped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import benchmark
+
+import attnsurgeon
+from attnsurgeon.bench import Comparison, Timing
+from attnsurgeon.bench.exported import session_for
+from attnsurgeon.bench.inputs import make_inputs
+from attnsurgeon.bench.interval import NOISE
+from attnsurgeon.card import card_of
+from attnsurgeon.gate import named_gates
+from attnsurgeon.host import load_host
+
+LEAST_HOLDING = 0.95
+NARROW = 0.01
+"""Half-width of the interval of a file against itself, after the long run."""
+LOADED = 0.02
+"""Of the ratio of a file against itself, while another process loads a core."""
+PLANTED, UNSEEN = 0.03, 0.003
+AGREEMENT = 0.03
+"""Of medians, beyond what both instruments' own intervals allow: they run at other moments."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was to be shown."""
+
+    what: str
+    found: str
+    passed: bool
+
+    def __str__(self) -> str:
+        """Return one row of the table."""
+        return f"{'passed' if self.passed else 'FAILED'}  {self.what}: {self.found}"
+
+
+class Delayed(nn.Module):
+    """A network that afterwards keeps the core busy for a share of its own time.
+
+    The loop is calibrated by each call itself, so that load and clocks move both alike.
+    """
+
+    def __init__(self, net: nn.Module, share: float) -> None:
+        super().__init__()
+        self.net, self.share = net, share
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the network returns, later."""
+        start = time.perf_counter_ns()
+        output: Tensor = self.net(x)
+        now = time.perf_counter_ns()
+        until = now + self.share * (now - start)
+        while time.perf_counter_ns() < until:
+            pass
+        return output
+
+
+def _spin() -> None:
+    while True:
+        pass
+
+
+@contextmanager
+def loaded(wanted: bool) -> Iterator[None]:
+    """Load one core from another process, if that is wanted."""
+    process = multiprocessing.get_context("spawn").Process(target=_spin, daemon=True)
+    if wanted:
+        process.start()
+    try:
+        yield
+    finally:
+        if wanted:
+            process.terminate()
+            process.join()
+
+
+def write_file(name: str, folder: Path) -> Path:
+    """Return a file of the network with SE in every block, random weights."""
+    host = load_host(name, weights="none")
+    card = card_of(host)
+    operated = attnsurgeon.insert_attention(host, "se", example=card.example() if card else None)
+    path = folder / f"{name}_se.safetensors"
+    attnsurgeon.save_model(operated, path)
+    return path
+
+
+def compare(sides: Sequence[Path | nn.Module], seconds: float, engine: str, **extra: Any) -> Any:
+    """Return the one comparison of two sides, on the CPU."""
+    report = attnsurgeon.bench.compare_speed(
+        sides, engines=[engine], device="cpu", seconds=seconds, **extra
+    )
+    return report.comparisons[0]
+
+
+def judge_holding(found: Sequence[Comparison]) -> Finding:
+    """Judge how many intervals of a file against itself hold 1.00."""
+    held = sum(c.interval95[0] <= 1 <= c.interval95[1] for c in found)
+    return Finding(
+        "a file against itself holds 1.00",
+        f"{held} of {len(found)} short runs",
+        held >= LEAST_HOLDING * len(found),
+    )
+
+
+def judge_width(found: Comparison, seconds: float) -> Finding:
+    """Judge how narrow the interval of a file against itself is."""
+    half = (found.interval95[1] - found.interval95[0]) / 2
+    what = f"narrower than +-{100 * NARROW:g} % in {seconds:g} s"
+    return Finding(what, f"+-{100 * half:.2f} %", half < NARROW)
+
+
+def judge_planted(found: Comparison, share: float) -> Finding:
+    """Judge a planted slowdown: found with its size in the interval, or not seen if tiny."""
+    low, high = found.interval95
+    if share == UNSEEN:
+        passed = found.verdict == NOISE
+    else:
+        passed = found.verdict != NOISE and low <= 1 + share <= high
+    return Finding(f"a planted +{100 * share:g} %", found.verdict, passed)
+
+
+def judge_loaded(found: Comparison) -> Finding:
+    """Judge the ratio of a file against itself while another process loads a core."""
+    return Finding(
+        f"within +-{100 * LOADED:g} % of 1 with a core loaded",
+        f"{found.ratio:.4f}",
+        abs(found.ratio - 1) <= LOADED,
+    )
+
+
+def judge_median(ours: Timing, other_ms: float, spread: float, name: str) -> Finding:
+    """Judge another instrument's median by our interval, widened by its own relative spread."""
+    low, high = ours.median95_ms or (ours.median_ms, ours.median_ms)
+    air = AGREEMENT + spread
+    return Finding(
+        f"the median agrees with {name}",
+        f"{ours.median_ms:.4g} ms [{low:.4g}, {high:.4g}] against {other_ms:.4g} ms",
+        low * (1 - air) <= other_ms <= high * (1 + air),
+    )
+
+
+def by_torch(path: Path, image: Tensor, seconds: float, threads: int) -> tuple[float, float]:
+    """Return the median in ms by torch.utils.benchmark, and its relative spread."""
+    model = attnsurgeon.load_model(path)
+    for gate in named_gates(model).values():
+        torch.nn.init.constant_(gate, 0.5)
+    timer = benchmark.Timer(
+        "model(image)", globals={"model": model, "image": image}, num_threads=threads
+    )
+    with torch.inference_mode():
+        measured = timer.blocked_autorange(min_run_time=seconds)
+    return 1e3 * measured.median, measured.iqr / measured.median / 2
+
+
+def by_onnxruntime(path: Path, image: Tensor, seconds: float, threads: int) -> tuple[float, float]:
+    """Return the median in ms by ONNX Runtime's own profiler, and its relative spread."""
+    import json
+
+    session = session_for(path, threads=threads, profile_to=path.with_suffix(""))
+    feed = {session.get_inputs()[0].name: image.numpy()}
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        session.run(None, feed)
+    events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
+    times = [event["dur"] / 1e3 for event in events if event.get("name") == "model_run"][2:]
+    low, middle, high = statistics.quantiles(times, n=4)
+    return middle, (high - low) / middle / 2
+
+
+def findings(options: argparse.Namespace, folder: Path) -> Iterator[Finding]:
+    """Yield everything that is to be shown."""
+    path = write_file(options.model, folder)
+    engine = options.engine
+    with loaded(options.load):
+        if options.load:
+            yield judge_loaded(compare([path, path], options.long, engine))
+            return
+        yield judge_holding(
+            [compare([path, path], options.short, engine) for _ in range(options.runs)]
+        )
+        yield judge_width(compare([path, path], options.long, engine), options.long)
+        host = load_host(options.model, weights="none")
+        card = card_of(host)
+        assert card is not None
+        example = card.example()
+        for share in (PLANTED, UNSEEN):
+            sides = [Delayed(host, 0.0), Delayed(host, share)]
+            found = compare(sides, options.planted, "eager", example=example)
+            yield judge_planted(found, share)
+        yield from _agreements(options, path, make_inputs(example, 1, torch.device("cpu"))[0])
+
+
+def _agreements(options: argparse.Namespace, path: Path, image: Tensor) -> Iterator[Finding]:
+    threads, seconds = torch.get_num_threads(), options.long / 3
+    onnx = path.with_suffix(".onnx")
+    attnsurgeon.export_model(attnsurgeon.load_model(path), onnx)
+    for name, file, engine, by in (
+        ("torch.utils.benchmark", path, "eager", by_torch),
+        ("onnxruntime's own", onnx, "onnxruntime", by_onnxruntime),
+    ):
+        report = attnsurgeon.bench.compare_speed(
+            [file, file], engines=[engine], device="cpu", seconds=options.long
+        )
+        median, spread = by(file, image, seconds, threads)
+        yield judge_median(report.runs[0], median, spread, name)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print a line for each finding; return 1 if one failed."""
+    parser = argparse.ArgumentParser(description=str(__doc__).partition("\n")[0])
+    parser.add_argument("--model", default="resnet18")
+    parser.add_argument("--engine", default="eager", help="of a file against itself")
+    parser.add_argument("--runs", type=int, default=100, help="short runs")
+    parser.add_argument("--short", type=float, default=3.0, help="seconds of a short run")
+    parser.add_argument("--long", type=float, default=30.0, help="seconds of a long run")
+    parser.add_argument("--planted", type=float, default=10.0, help="seconds of a planted one")
+    parser.add_argument("--load", action="store_true", help="load one core meanwhile")
+    options = parser.parse_args(arguments)
+    failed = 0
+    with tempfile.TemporaryDirectory() as folder:
+        for finding in findings(options, Path(folder)):
+            print(finding, flush=True)
+            failed += not finding.passed
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,115 @@
+"""The scripts that judge the bench: they run, and a wrong instrument does not pass."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from attnsurgeon.bench import Comparison, Timing
+from attnsurgeon.bench.interval import NOISE
+
+sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
+
+import gpu  # noqa: E402
+import instrument  # noqa: E402
+
+
+def comparison(low, ratio, high, verdict=NOISE):
+    return Comparison("a", "b", "eager", "cpu", 1, ratio, (low, high), verdict)
+
+
+class TestInstrument:
+    def test_intervals_that_miss_are_counted(self):
+        good, bad = comparison(0.99, 1.0, 1.01), comparison(1.001, 1.01, 1.02)
+        assert instrument.judge_holding([good] * 95 + [bad] * 5).passed
+        assert not instrument.judge_holding([good] * 94 + [bad] * 6).passed
+
+    def test_a_wide_interval_fails(self):
+        assert instrument.judge_width(comparison(0.995, 1, 1.005), 30).passed
+        assert not instrument.judge_width(comparison(0.98, 1, 1.02), 30).passed
+
+    def test_a_planted_difference_has_to_be_found_at_its_size(self):
+        found = "+3.0 % [2.5, 3.5]"
+        assert instrument.judge_planted(comparison(1.025, 1.03, 1.035, found), 0.03).passed
+        assert not instrument.judge_planted(comparison(0.98, 1.03, 1.08), 0.03).passed
+        assert not instrument.judge_planted(comparison(1.05, 1.06, 1.07, "+6 %"), 0.03).passed
+        assert instrument.judge_planted(comparison(0.999, 1.003, 1.007), 0.003).passed
+        assert not instrument.judge_planted(comparison(1.002, 1.003, 1.004, "+"), 0.003).passed
+
+    def test_a_bias_under_load_fails(self):
+        assert instrument.judge_loaded(comparison(0.9, 1.015, 1.1)).passed
+        assert not instrument.judge_loaded(comparison(0.9, 1.03, 1.1)).passed
+
+    def test_another_median_fails(self):
+        ours = Timing("a", "eager", "cpu", 1, (10.0,), median95_ms=(9.9, 10.1))
+        assert instrument.judge_median(ours, 10.2, 0.01, "x").passed
+        assert not instrument.judge_median(ours, 11.5, 0.01, "x").passed
+
+    def test_the_planted_delay_is_a_share_of_the_call(self, monkeypatch):
+        now = [0]
+
+        def clock():
+            now[0] += 1
+            return now[0]
+
+        class Slow(nn.Module):
+            def forward(self, x):
+                now[0] += 1000
+                return x
+
+        monkeypatch.setattr(instrument.time, "perf_counter_ns", clock)
+        instrument.Delayed(Slow(), 0.5)(torch.zeros(1))
+        assert 1500 <= now[0] <= 1510
+        before = now[0]
+        instrument.Delayed(Slow(), 0.0)(torch.zeros(1))
+        assert now[0] - before <= 1010
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory):
+    path = tmp_path_factory.mktemp("gpu") / "gpu.json"
+    small = ["--model", "resnet18", "--size", "64", "--batch", "1", "--engine", "eager"]
+    words = small if torch.cuda.is_available() else []
+    gpu.main([*words, "--block", "se", "--seconds", "0.1", "-o", str(path)])
+    return json.loads(path.read_text())
+
+
+class TestGpu:
+    def test_it_runs_at_small_sizes_and_says_where(self, results):
+        assert results["is_gpu"] == torch.cuda.is_available()
+        assert results["is_gpu"] or "(CPU)" in results["machine"]
+        (entry,) = results["entries"]
+        assert all(check["exact"] and not check["dead"] for check in entry["checks"])
+        assert {"fp32", "bf16", "autocast bf16"} <= {c["precision"] for c in entry["checks"]}
+        assert entry["environment"]["ceilings"]
+        (row,) = [row for row in entry["rows"] if row["batch"] == 1][:1]
+        assert row["timm"]["ratio"] > 0
+        assert row["least_ratio"] > 1
+
+    def test_the_table_is_made_from_the_file(self, results, tmp_path, capsys):
+        path = tmp_path / "gpu.json"
+        path.write_text(json.dumps(results))
+        gpu.main(["--table", str(path)])
+        out = capsys.readouterr().out
+        assert results["machine"] in out
+        assert "| resnet18 | se | eager" in out
+
+    def test_a_changed_output_is_noticed(self):
+        class Net(nn.Module):
+            def __init__(self, shift):
+                super().__init__()
+                self.shift = shift
+
+            def forward(self, x):
+                return x + self.shift
+
+        image = torch.ones(1, 3, 4, 4, requires_grad=True)
+        assert gpu._check([Net(0.0), Net(0.0)], image)["exact"]
+        assert not gpu._check([Net(0.0), Net(1e-6)], image)["exact"]
+
+    def test_the_least_a_block_can_cost(self):
+        host = Timing("a", "eager", "cpu", 8, (10.0,))
+        assert gpu._least(host, 1e6, 1e9) == pytest.approx(1 + 8 / 10)
