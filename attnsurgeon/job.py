@@ -26,6 +26,7 @@ from attnsurgeon.host import (
     open_host,
 )
 from attnsurgeon.insertion import Insertion, count_new, cut_costs
+from attnsurgeon.network import check_has_numbers
 from attnsurgeon.operation import operate
 from attnsurgeon.origin import sha256_of
 from attnsurgeon.outputs import check_output
@@ -306,6 +307,7 @@ class _Work:
     ) -> Insertion:
         """Operate, prove and write."""
         model = self.host.model
+        check_has_numbers(model)
         before = {key: sha256_of(tensor) for key, tensor in model.state_dict().items()}
         originals = _original_keys(model)
         held = count_parameters(model)["after"]

@@ -66,6 +66,20 @@ def unwrap(model: Any) -> tuple[Any, tuple[str, ...]]:
     return model, tuple(notices)
 
 
+def check_has_numbers(model: nn.Module) -> None:
+    """Refuse a network of which some tensors have shapes only.
+
+    Raises:
+        HostUnusable: one is on the meta device.
+    """
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:
+            raise HostUnusable(
+                f"{name} of this {type(model).__name__} is on the meta device: it has a shape and "
+                "no numbers; build the network on the CPU"
+            )
+
+
 def _is_compiled(module: nn.Module) -> bool:
     return "_orig_mod" in module._modules
 

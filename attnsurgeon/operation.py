@@ -13,7 +13,7 @@ from torch import nn
 
 from attnsurgeon.card import HostCard, card_of, give_card
 from attnsurgeon.liveness import Liveness
-from attnsurgeon.network import plain_network
+from attnsurgeon.network import check_has_numbers, plain_network
 from attnsurgeon.origin import fingerprints, give_origin, origin_of
 from attnsurgeon.plan import Plan, as_patterns
 from attnsurgeon.probes import probe_inputs
@@ -52,6 +52,7 @@ def operate(model: nn.Module, plan: Plan, example: tuple[Any, ...]) -> tuple[Ver
     """Make the cuts of a plan in this very model, and prove that nothing changed.
 
     Raises:
+        HostUnusable: the model does not run.
         IdentityBroken: it did, or a gate cannot learn; the model is not to be used then.
     """
     inputs = probe_inputs(model, example)
@@ -157,6 +158,7 @@ def insert_plan(model: nn.Module, plan: Any, *, example: Any = None, seed: int =
 
 def _insert(model: nn.Module, steps: tuple[Step, ...], example: Any) -> nn.Module:
     model, notices = plain_network(model)
+    check_has_numbers(model)
     for notice in notices:
         warnings.warn(notice, stacklevel=3)
     inputs = as_inputs(model, example)

@@ -88,6 +88,10 @@ NET = """
     def compiled():
         return torch.compile(TinyNet(), backend="eager")
 
+    def shapes_only():
+        with torch.device("meta"):
+            return TinyNet()
+
     def raises():
         raise ValueError("no luck today")
 
@@ -405,6 +409,13 @@ class TestFactories:
     )
     def test_that_make_no_network(self, net, refused, name, says, command):
         refused(command[0], f"net.py:{name}", *command[1:], says=says)
+
+    def test_that_make_shapes_and_no_numbers(self, run, net, refused):
+        assert run("sites", "net.py:shapes_only", *INPUT).code == 0
+        args = ("insert", "net.py:shapes_only", *INPUT, "--block", "se")
+        refused(*args, says=["stem.weight", "meta device", "build the network on the CPU"])
+        with pytest.raises(HostUnusable, match="meta device"):
+            attnsurgeon.insert_attention(load_host("net.py:shapes_only", inputs=INPUT[1:]), "se")
 
     def test_the_line_that_raised(self, net, refused):
         lines = (net / "net.py").read_text().splitlines()
