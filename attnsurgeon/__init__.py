@@ -12,6 +12,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "find_sites": "sites",
     "insert_attention": "operation",
+    "insert_plan": "operation",
     "remove_attention": "surgery",
     "gates": "gate",
     "verify_unchanged": "verify",
@@ -24,6 +25,7 @@ _PUBLIC = {
     "strip_gates": "training",
     "save_model": "store",
     "load_model": "store",
+    "naming_host": "host",
     "export_model": "export",
     "compare_speed": "bench",
     "Site": "sites",
@@ -46,7 +48,9 @@ if TYPE_CHECKING:
     from attnsurgeon.export import Artifact as Artifact
     from attnsurgeon.export import export_model as export_model
     from attnsurgeon.gate import named_gates
+    from attnsurgeon.host import naming_host as naming_host
     from attnsurgeon.operation import insert_attention as insert_attention
+    from attnsurgeon.operation import insert_plan as insert_plan
     from attnsurgeon.plan import Cut as Cut
     from attnsurgeon.plan import Plan as Plan
     from attnsurgeon.sites import Site as Site

@@ -153,7 +153,9 @@ def dissect(block: nn.Module, graph: fx.Graph, passed: Iterable[str]) -> Anatomy
             branch.op == "call_module" and branch.target in set(passed) and len(branch.users) == 1
         ):
             branch = branch.all_input_nodes[0]
-        return Anatomy(node, branch, shortcut, shared[0])
+        # A second addition in one block has its own branch, which starts where the first one ends.
+        source = shortcut if shortcut in ancestry(branch) else shared[0]
+        return Anatomy(node, branch, shortcut, source)
     return None
 
 

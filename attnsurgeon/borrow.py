@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map_only
 
 
 @contextmanager
@@ -23,13 +25,17 @@ def borrowed_modes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def borrowed_buffers(model: nn.Module) -> Iterator[None]:
-    """Give every buffer (running statistics, counters) its tensor and its content back."""
+    """Give every buffer (running statistics, counters) its tensor and its content back.
+
+    What a forward keeps in plain attributes (anchors, a pyramid) is put back as well.
+    """
     held = [
         (module, name, buffer, buffer.detach().clone())
         for module in model.modules()
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
+    attributes = _attributes(model)
     try:
         yield
     finally:
@@ -37,6 +43,18 @@ def borrowed_buffers(model: nn.Module) -> Iterator[None]:
             for module, name, buffer, content in held:
                 buffer.copy_(content)
                 module._buffers[name] = buffer
+        _put_back(attributes)
+
+
+def _attributes(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
+    return [(module, _plain_attributes(module)) for module in model.modules()]
+
+
+def _put_back(attributes: list[tuple[nn.Module, dict[str, Any]]]) -> None:
+    for module, values in attributes:
+        for name in set(_plain_attributes(module)) - set(values):
+            del module.__dict__[name]
+        module.__dict__.update(values)
 
 
 @contextmanager
@@ -44,6 +62,7 @@ def on_meta(model: nn.Module) -> Iterator[None]:
     """Put stand-ins without memory in the place of all tensors, and the very tensors back.
 
     Each module is visited once, by whatever paths it can be reached, and tied tensors stay tied.
+    What a forward keeps in plain attributes (anchors, say) is put back as well.
     """
     stores: list[dict[str, Any]] = [
         store for module in model.modules() for store in (module._parameters, module._buffers)
@@ -55,6 +74,7 @@ def on_meta(model: nn.Module) -> Iterator[None]:
         if tensor is not None
     ]
     stand_ins: dict[int, torch.Tensor] = {}
+    attributes = _attributes(model)
     try:
         for tensors, name, tensor in held:
             if id(tensor) not in stand_ins:
@@ -64,6 +84,16 @@ def on_meta(model: nn.Module) -> Iterator[None]:
     finally:
         for tensors, name, tensor in held:
             tensors[name] = tensor
+        _put_back(attributes)
+
+
+def _plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """Return what a module holds beside tensors, children and hooks; collections as copies."""
+    return {
+        name: copy.copy(value) if type(value) in (list, dict, set) else value
+        for name, value in module.__dict__.items()
+        if not name.startswith("_")
+    }
 
 
 def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
@@ -71,6 +101,14 @@ def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(empty, tensor.requires_grad)
     return empty
+
+
+def stand_ins(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return inputs of the same shapes without memory."""
+    found: tuple[Any, ...] = tree_map_only(
+        torch.Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), inputs
+    )
+    return found
 
 
 @contextmanager

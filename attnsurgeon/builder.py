@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
@@ -30,15 +30,15 @@ def build_network(
         WeightsUnavailable: the weights could not be fetched.
     """
     try:
-        with _tensors_only():
+        with borrowed_building():
             return _construct(name, extra, weights)
     except Exception as error:  # builders and a damaged download raise whatever they run into
-        if _was_fetching(error):
-            raise _unfetched(name, weights, error) from error
+        if came_out_of(error, WeightsEnum.get_state_dict):
+            raise unfetched(f"{weights} of {name}", error) from error
         if extra:
-            raise _misfit(name, extra, weights, error) from error
+            raise misfit(name, extra, error, weights) from error
         if weights is not None:  # a file under the right name that is of something else
-            raise _unfetched(name, weights, error) from error
+            raise unfetched(f"{weights} of {name}", error) from error
         raise
 
 
@@ -46,37 +46,38 @@ def _construct(name: str, extra: Mapping[str, Any], weights: WeightsEnum | None)
     builder = get_model_builder(name)
     partly = weights is None and "weights_backbone" in inspect.signature(builder).parameters
     backbone = {"weights_backbone": None} if partly else {}
-    with _nothing_said():
-        model: nn.Module = builder(weights=weights, progress=True, **backbone, **extra)
+    model: nn.Module = builder(weights=weights, progress=True, **backbone, **extra)
     return model
 
 
 @contextmanager
-def _nothing_said() -> Iterator[None]:
-    """Keep a builder's warnings to itself, and torch.hub's lines off stdout, which is ours."""
-    with warnings.catch_warnings(), redirect_stdout(sys.stderr):
+def borrowed_building() -> Iterator[None]:
+    """Keep a builder's warnings to itself, its lines off stdout, and code out of what it reads."""
+    with _tensors_only(), warnings.catch_warnings(), redirect_stdout(sys.stderr):
         warnings.simplefilter("ignore")
         yield
 
 
-def _was_fetching(error: Exception) -> bool:
-    """Tell whether an error came out of torchvision's fetching, not out of building."""
-    fetching = WeightsEnum.get_state_dict.__code__
-    return any(frame.f_code is fetching for frame, _ in traceback.walk_tb(error.__traceback__))
+def came_out_of(error: Exception, function: Callable[..., Any]) -> bool:
+    """Tell whether an error was raised inside a function, as one that fetches, or below it."""
+    code = inspect.unwrap(function).__code__
+    return any(frame.f_code is code for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
-def _unfetched(name: str, weights: WeightsEnum | None, error: Exception) -> AttnSurgeonError:
+def unfetched(weights: str, error: Exception) -> AttnSurgeonError:
+    """Return the refusal of weights that could not be fetched or read."""
     inside = getattr(error, "reason", None)  # of a URLError: what went wrong, without the wrapping
     reason = why_unreadable(inside if isinstance(inside, Exception) else error)
     return WeightsUnavailable(
-        f"the weights {weights} of {name} could not be fetched: {reason}; give "
+        f"the weights {weights} could not be fetched: {reason}; give "
         "--checkpoint FILE with weights you have, or --weights none for a random network"
     )
 
 
-def _misfit(
-    name: str, extra: Mapping[str, Any], weights: WeightsEnum | None, error: Exception
+def misfit(
+    name: str, extra: Mapping[str, Any], error: Exception, weights: WeightsEnum | None = None
 ) -> AttnSurgeonError:
+    """Return the refusal of arguments that a builder, or its weights, cannot take."""
     told = ", ".join(f"{key}={value!r}" for key, value in extra.items())
     remedy = ""
     if weights is not None and "num_classes" in extra:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import pickle
 import re
 import warnings
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,35 +18,40 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from attnsurgeon.errors import BadFile, CheckpointMismatch, first_line
-
-NESTS = ("state_dict", "model", "model_state_dict", "model_ema", "ema")
-"""Where training scripts keep the state dict inside what they save."""
-
+from attnsurgeon.unwrapping import Checkpoint, bare_checkpoint, unwrap_checkpoint
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """What networks compute in; smaller floats are for storage."""
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
     """Return the tensors of a `.safetensors` file or a `torch.save` file, on the CPU.
+
+    Args:
+        path: the file; what it holds counts, not what it is called.
+        key: where in it the state dict is, as `model_ema` or `state_dict.backbone`: keys of
+            mappings, at last perhaps a prefix of names. By default the first of NESTS.
 
     Raises:
         BadFile: missing, empty, damaged, would run code when loaded, or holds no state dict.
+        UnknownName: nothing in it has that key.
     """
     file = Path(path)
     check_readable(file)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # what torch doubts, it tells in the error as well
             if _is_safetensors(file):
-                return load_file(file)
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
+                loaded: Any = load_file(file)
+            else:
+                # A Namespace is a bare holder of values; torchvision's training script keeps one.
+                loaded = torch.load(file, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged pickle raises whatever its opcodes run into
         raise BadFile(
             f"{str(file)!r} cannot be read as a checkpoint: {why_unreadable(error)}; give what "
             "torch.save(model.state_dict(), FILE) wrote, or .safetensors"
         ) from error
-    return _unwrap(loaded, file)
+    return unwrap_checkpoint(loaded, repr(str(file)), key)
 
 
 def _is_safetensors(file: Path) -> bool:
@@ -85,15 +92,45 @@ def check_readable(file: Path) -> None:
         raise BadFile(f"{str(file)!r} cannot be read: {error.strerror}") from error
 
 
-def _unwrap(loaded: Any, file: Path) -> dict[str, Tensor]:
-    for nest in NESTS:
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(nest), Mapping):
-            loaded = loaded[nest]
-            break
-    items = loaded.items() if isinstance(loaded, Mapping) else ()
-    if not items or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in items):
-        raise BadFile(f"{str(file)!r} holds no state dict: no plain mapping of names to tensors")
-    return dict(loaded)
+@dataclass(frozen=True)
+class Fit:
+    """What of a checkpoint went into a network; by strict loading, all of both.
+
+    Attributes:
+        checkpoint: unwrapped.
+        kept: number of its tensors that the network has now.
+        missing: number of tensors that the network has and it does not.
+        unexpected: number of tensors that it has and the network does not.
+    """
+
+    checkpoint: Checkpoint
+    kept: int
+    missing: int
+    unexpected: int
+
+    def to_json(self, new: int) -> dict[str, Any]:
+        """Return plain values; `new` is how many tensors the attention adds."""
+        return {
+            "kept": self.kept,
+            "new": new,
+            "missing": self.missing,
+            "unexpected": self.unexpected,
+            "unwrapped": list(self.checkpoint.unwrapped),
+            "dropped": list(self.checkpoint.dropped),
+        }
+
+
+def load_checkpoint(model: nn.Module, held: Checkpoint) -> Fit:
+    """Give the model exactly these tensors, in the dtype they have.
+
+    Raises:
+        CheckpointMismatch: see fit_state.
+    """
+    own = model.state_dict().keys()
+    bare = bare_checkpoint(held, own)
+    load_state(model, bare.state, bare.source)
+    given = bare.state.keys()
+    return Fit(bare, len(given & own), len(own - given), len(given - own))
 
 
 def fit_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -173,3 +210,18 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
     # Copied, not assigned: a tensor that lies in a file at an odd address sends some kernels down
     # another path, and the last bit of the output with it.
     model.load_state_dict(dict(state), strict=True)
+
+
+def class_counts(model: nn.Module, state: Mapping[str, Tensor]) -> list[int]:
+    """Return the numbers of classes that the state can be of, if it is the model's but for a head.
+
+    All keys are the same, and shapes differ in their first axis alone.
+    """
+    own = model.state_dict()
+    if own.keys() != state.keys():
+        return []
+    pairs = [(own[key].shape, tensor.shape) for key, tensor in state.items()]
+    other = [(mine, given) for mine, given in pairs if mine != given]
+    if any(not mine or not given or mine[1:] != given[1:] for mine, given in other):
+        return []
+    return sorted({given[0] for _, given in other})

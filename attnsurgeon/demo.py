@@ -16,7 +16,8 @@ from attnsurgeon.bench import compare_speed
 from attnsurgeon.errors import ExportDiffers, IdentityBroken, OutputRefused
 from attnsurgeon.export import export_model
 from attnsurgeon.export.format import format_for
-from attnsurgeon.job import Insertion, InsertJob, run_insert
+from attnsurgeon.insertion import Insertion
+from attnsurgeon.job import InsertJob, run_insert
 from attnsurgeon.outputs import atomic_output
 from attnsurgeon.store import load_model, load_plain
 

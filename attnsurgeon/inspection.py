@@ -8,19 +8,14 @@ from typing import Any
 
 import torch
 
-from attnsurgeon.card import card_of
 from attnsurgeon.errors import HostUnusable, IdentityBroken
 from attnsurgeon.export.proof import gate_values, gates_at
+from attnsurgeon.host import Given
+from attnsurgeon.liveness import Liveness, check_liveness
 from attnsurgeon.origin import sha256_of
+from attnsurgeon.probes import probe_inputs
 from attnsurgeon.store import load_model, load_plain, read_recipe
-from attnsurgeon.verify import (
-    Liveness,
-    Verdict,
-    check_liveness,
-    compare,
-    probe_inputs,
-    record,
-)
+from attnsurgeon.verify import Verdict, compare, record
 
 
 @dataclass(frozen=True)
@@ -54,14 +49,18 @@ class Inspection:
         }
 
 
-def inspect_file(path: str | os.PathLike[str]) -> Inspection:
+def inspect_file(path: str | os.PathLike[str], host: Given | None = None) -> Inspection:
     """Load a file and its untouched host, and compare them with the gates closed.
 
     A trained file passes too: whatever its tensors are now, with closed gates it must compute
     what its host computes with the same original tensors.
 
+    Args:
+        path: a file of save_model.
+        host: see load_model.
+
     Raises:
-        BadFile, HostUnusable: see load_model; or its gates were stripped.
+        BadFile, HostUnusable, MissingPackage: see load_model; or its gates were stripped.
         IdentityBroken: a tensor is not the recorded one, an output differs, or a gate is dead.
     """
     recipe = read_recipe(path)
@@ -70,7 +69,7 @@ def inspect_file(path: str | os.PathLike[str]) -> Inspection:
             f"{str(path)!r} was stripped of its gates: nothing can be closed and "
             "held to its host; verify the file it was stripped from"
         )
-    operated, plain = load_model(path), load_plain(path)
+    operated, plain = load_model(path, host), load_plain(path, host)
     state = operated.state_dict()
     wrong = [k for k, digest in recipe.sha256.items() if sha256_of(state[k]) != digest]
     if wrong:
@@ -78,9 +77,7 @@ def inspect_file(path: str | os.PathLike[str]) -> Inspection:
             f"{len(wrong)} of {len(recipe.sha256)} original tensors in {str(path)!r} are not the "
             f"recorded ones, the first {wrong[0]}"
         )
-    card = card_of(plain)
-    assert card is not None  # a host without one cannot be rebuilt
-    inputs = probe_inputs(plain, card.example(next(plain.parameters())))
+    inputs = probe_inputs(plain, recipe.host.example(next(plain.parameters(), None)))
     own = gate_values(operated)
     closed = {name: torch.zeros_like(value) for name, value in own.items()}
     with gates_at(operated, closed):

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
-from attnsurgeon.cost import multiply_adds
-from attnsurgeon.errors import BadOption, IdentityBroken
-from attnsurgeon.export import Artifact, export_model, export_suffixes
+from attnsurgeon import blocks
+from attnsurgeon.checkpoint import read_checkpoint
+from attnsurgeon.errors import BadOption, HostUnusable, IdentityBroken
+from attnsurgeon.export import export_model, export_suffixes
 from attnsurgeon.export.format import format_for
-from attnsurgeon.host import DEFAULT_WEIGHTS, NO_WEIGHTS, check_host, load_host
+from attnsurgeon.host import (
+    DEFAULT_WEIGHTS,
+    NO_WEIGHTS,
+    Given,
+    Host,
+    check_host,
+    finish,
+    load_host,
+    load_outline,
+    open_host,
+)
+from attnsurgeon.insertion import Insertion, count_new, cut_costs
 from attnsurgeon.operation import operate
 from attnsurgeon.origin import sha256_of
 from attnsurgeon.outputs import check_output
-from attnsurgeon.plan import Cut, Plan, check_request, make_plan
-from attnsurgeon.sites import as_inputs, find_sites
+from attnsurgeon.plan import Plan
+from attnsurgeon.sites import Site, as_inputs, find_sites
+from attnsurgeon.sources import own, source_of
+from attnsurgeon.steps import Step, load_steps, plan_steps
 from attnsurgeon.store import is_model_file, load_model, save_model
-from attnsurgeon.surgery import attention_paths, build_attention, count_parameters, is_new_key
+from attnsurgeon.surgery import attention_paths, count_parameters, is_new_key
 from attnsurgeon.training.trained import load_trained
-from attnsurgeon.verify import Liveness, Verdict
 
 SAVED = ".safetensors"
+_OF_A_STEP = ("block", "at", "exclude", "stages", "every", "kind", "placement", "options", "stack")
 
 
 @dataclass(frozen=True)
@@ -33,75 +46,57 @@ class InsertJob:
     """What is asked for; the fields are the flags of `attnsurgeon insert`."""
 
     model: str
-    block: str
+    block: str | None = None
     output: Path | None = None
     at: tuple[str, ...] = ("*",)
     exclude: tuple[str, ...] = ()
     stages: tuple[int, ...] = ()
     every: int = 1
+    kind: str | None = None
     placement: str = "post"
     options: Mapping[str, Any] = field(default_factory=dict)
+    plan: Path | None = None
     weights: str = DEFAULT_WEIGHTS
     checkpoint: Path | None = None
+    checkpoint_key: str | None = None
     num_classes: int | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    inputs: tuple[str, ...] = ()
+    host: str | None = None
     seed: int = 0
     stack: bool = False
     dry_run: bool = False
     force: bool = False
 
+    def steps(self) -> tuple[Step, ...]:
+        """Return what goes where: of the plan's file, or the one step that the flags tell.
 
-@dataclass(frozen=True)
-class CutCost:
-    """What one cut adds: parameters without gates, and multiply-adds for one input."""
-
-    cut: Cut
-    parameters: int
-    gates: int
-    macs: int
-
-
-@dataclass(frozen=True)
-class Insertion:
-    """What was done, or in a dry run would be."""
-
-    model: str
-    output: str | None
-    block: str
-    placement: str
-    costs: tuple[CutCost, ...]
-    parameters: Mapping[str, int]
-    tensors: Mapping[str, int]
-    skipped: Mapping[str, str]
-    verdict: Verdict | None = None
-    liveness: Liveness | None = None
-    artifact: Artifact | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return plain values; `identity` and `liveness` are null in a dry run."""
-        return {
-            "model": self.model,
-            "output": self.output,
-            "block": self.block,
-            "placement": self.placement,
-            "sites": [
-                {
-                    "path": cost.cut.path,
-                    "channels": cost.cut.place.channels,
-                    "shape": list(cost.cut.shape),
-                    "parameters": cost.parameters,
-                    "macs": cost.macs,
-                }
-                for cost in self.costs
-            ],
-            "skipped": dict(self.skipped),
-            "parameters": dict(self.parameters),
-            "tensors": dict(self.tensors),
-            "identity": self.verdict
-            and {"exact": self.verdict.exact, "inputs": list(self.verdict.inputs)},
-            "liveness": self.liveness
-            and {"gates": self.liveness.gates, "live": self.liveness.live},
-        }
+        Raises:
+            BadOption: both, or neither.
+            AttnSurgeonError: see load_steps and make_plan.
+        """
+        if self.plan is not None:
+            usual = {item.name: item.default for item in fields(self)} | {"options": {}}
+            told = [name for name in _OF_A_STEP if getattr(self, name) != usual[name]]
+            if told:
+                flag = {"stages": "stage", "options": "set"}.get(told[0], told[0])
+                raise BadOption(f"--plan says what goes where; leave --{flag} out, or --plan")
+            return load_steps(self.plan, self.seed)
+        if self.block is None:
+            raise BadOption("say what to insert: --block NAME, or several in one go by --plan FILE")
+        step = Step(
+            self.block,
+            at=self.at,
+            exclude=self.exclude,
+            stage=self.stages,
+            every=self.every,
+            kind=self.kind,
+            placement=self.placement,
+            options=self.options,
+            seed=self.seed,
+            stack=self.stack,
+        )
+        return (step.checked(),)
 
 
 def open_model(
@@ -109,41 +104,98 @@ def open_model(
     *,
     weights: str = DEFAULT_WEIGHTS,
     checkpoint: Path | None = None,
+    checkpoint_key: str | None = None,
     num_classes: int | None = None,
     arguments: Mapping[str, Any] | None = None,
+    inputs: Sequence[str] = (),
+    host: Given | None = None,
 ) -> nn.Module:
-    """Return what a MODEL argument names: a file of attnsurgeon, or a host with its weights.
-
-    Raises:
-        AttnSurgeonError: see load_model and load_host.
-        BadOption: an argument that a file cannot take.
-    """
-    if is_model_file(model):
-        if num_classes is not None or arguments or weights not in (DEFAULT_WEIGHTS, NO_WEIGHTS):
-            raise BadOption(
-                f"{model!r} is a file with a network of its own: of --weights, --num-classes and "
-                "--model-arg it takes none; give --checkpoint for other weights"
-            )
-        loaded = load_model(model)
-        if checkpoint is not None:
-            load_trained(loaded, checkpoint)
-        return loaded
-    return load_host(
+    """Return what a MODEL argument names; see open_target."""
+    return open_target(
         model,
         weights=weights,
         checkpoint=checkpoint,
+        checkpoint_key=checkpoint_key,
         num_classes=num_classes,
         arguments=arguments,
-    )
+        inputs=inputs,
+        host=host,
+    ).model
+
+
+def open_target(
+    model: str,
+    *,
+    weights: str = DEFAULT_WEIGHTS,
+    checkpoint: Path | None = None,
+    checkpoint_key: str | None = None,
+    num_classes: int | None = None,
+    arguments: Mapping[str, Any] | None = None,
+    inputs: Sequence[str] = (),
+    host: Given | None = None,
+) -> Host:
+    """Open what a MODEL argument names: a file of attnsurgeon, or a host with its weights.
+
+    Raises:
+        AttnSurgeonError: see load_model and open_host.
+        BadOption: an argument that a file, or a name, cannot take.
+    """
+    if checkpoint_key is not None and checkpoint is None:
+        raise BadOption("--checkpoint-key is for a --checkpoint; give that too")
+    if not is_model_file(model):
+        if host is not None:
+            raise BadOption(f"--host is for a file made from your own network; {model} names one")
+        return open_host(
+            model,
+            weights=weights,
+            checkpoint=checkpoint,
+            checkpoint_key=checkpoint_key,
+            num_classes=num_classes,
+            arguments=arguments,
+            inputs=inputs,
+        )
+    if num_classes is not None or arguments or weights not in (DEFAULT_WEIGHTS, NO_WEIGHTS):
+        raise BadOption(
+            f"{model!r} is a file with a network of its own: of --weights, --num-classes and "
+            "--model-arg it takes none; give --checkpoint for other weights"
+        )
+    loaded = load_model(model, host)
+    fit = None
+    if checkpoint is not None:
+        fit = load_trained(loaded, read_checkpoint(checkpoint, checkpoint_key))
+    return finish(Host(loaded, fit), inputs)
+
+
+def watch(
+    model: str,
+    arguments: Mapping[str, Any] | None = None,
+    inputs: Sequence[str] = (),
+    host: Given | None = None,
+) -> list[Site]:
+    """Return the sites of what a MODEL argument names, without memory for a host's weights.
+
+    Raises:
+        AttnSurgeonError: see open_model and find_sites.
+    """
+    given: dict[str, Any] = {"arguments": arguments, "inputs": inputs}
+    if host is not None or is_model_file(model):
+        return find_sites(open_model(model, weights=NO_WEIGHTS, host=host, **given))
+    check_host(model)
+    try:
+        return find_sites(load_outline(model, **given))
+    except HostUnusable:  # it asks for numbers, which an outline does not have
+        if source_of(model) is own:
+            raise
+        return find_sites(load_host(model, weights=NO_WEIGHTS, **given))
 
 
 def run_insert(job: InsertJob, progress: Callable[[str], None] = lambda text: None) -> Insertion:
     """Load, plan, operate, prove, write; in a dry run load and plan only.
 
     Raises:
-        AttnSurgeonError: see open_model, make_plan, operate, save_model and export_model.
+        AttnSurgeonError: see open_target, make_plan, operate, save_model and export_model.
     """
-    check_request(job.block, placement=job.placement, every=job.every, options=job.options)
+    steps = job.steps()
     if not is_model_file(job.model):
         check_host(
             job.model,
@@ -151,48 +203,56 @@ def run_insert(job: InsertJob, progress: Callable[[str], None] = lambda text: No
             checkpoint=job.checkpoint,
             num_classes=job.num_classes,
         )
-    output = _output(job)
+    output = _output(job, steps)
     if not job.dry_run:
         check_output(output, force=job.force)
     progress(f"loading {job.model}")
-    fetches = not job.dry_run or job.checkpoint is not None or is_model_file(job.model)
-    model = open_model(
-        job.model,
-        weights=job.weights if fetches else NO_WEIGHTS,
-        checkpoint=job.checkpoint,
-        num_classes=job.num_classes,
-        arguments=job.arguments,
-    )
-    example = as_inputs(model, None)
-    plan = make_plan(
-        model,
-        find_sites(model, example),
-        job.block,
-        at=job.at,
-        exclude=job.exclude,
-        stages=job.stages,
-        every=job.every,
-        placement=job.placement,
-        options=job.options,
-        seed=job.seed,
-        stack=job.stack,
-    )
+    host = _open(job)
+    for notice in host.notices:
+        progress(notice)
+    example = as_inputs(host.model, None)
+    plan = plan_steps(host.model, example, steps)
+    work = _Work(job, steps, host, plan)
     if job.dry_run:
-        return _preview(job, model, plan)
-    return _carry_out(job, output, model, plan, example, progress)
+        return work.preview()
+    return work.carry_out(output, example, progress)
 
 
-def _output(job: InsertJob) -> Path:
+def _open(job: InsertJob) -> Host:
+    fetches = not job.dry_run or job.checkpoint is not None or is_model_file(job.model)
+    wanted: dict[str, Any] = {
+        "weights": job.weights if fetches else NO_WEIGHTS,
+        "checkpoint": job.checkpoint,
+        "checkpoint_key": job.checkpoint_key,
+        "num_classes": job.num_classes,
+        "arguments": job.arguments,
+        "inputs": job.inputs,
+        "host": job.host,
+    }
+    return open_target(job.model, **wanted)
+
+
+def _output(job: InsertJob, steps: Sequence[Step]) -> Path:
     """Return where to write.
 
     Raises:
         UnknownName: the suffix is of no format.
     """
-    name = Path(job.model).stem if is_model_file(job.model) else job.model
-    output = job.output or Path(f"{name}_{job.block}{SAVED}")
+    labels = "_".join(dict.fromkeys(blocks.label(step.block) for step in steps))
+    output = job.output or Path(f"{_short_name(job.model)}_{labels}{SAVED}")
     if output.suffix.lower() != SAVED:
         format_for(output) if output.suffix.lower() in export_suffixes() else _refuse(output)
     return output
+
+
+def _short_name(model: str) -> str:
+    """Return what a file made from this MODEL is called after: path/net.py:make gives net."""
+    if is_model_file(model):
+        return Path(model).stem
+    place, colon, name = model.rpartition(":")
+    if not colon or place == "timm":
+        return name
+    return Path(place).stem if place.endswith(".py") else place.rpartition(".")[2]
 
 
 def _refuse(output: Path) -> None:
@@ -202,111 +262,94 @@ def _refuse(output: Path) -> None:
     )
 
 
-def _preview(job: InsertJob, model: nn.Module, plan: Plan) -> Insertion:
-    costs = _costs(model, plan)
-    before = count_parameters(model)
-    added, gates = sum(c.parameters for c in costs), sum(c.gates for c in costs)
-    originals = _hashable_keys(model)
-    return Insertion(
-        model=job.model,
-        output=None,
-        block=job.block,
-        placement=job.placement,
-        costs=costs,
-        parameters={
-            "before": before["after"],
-            "added": added,
-            "gates": gates,
-            "after": before["after"] + added + gates,
-        },
-        tensors={
-            "original": len(originals),
-            "kept": len(originals),
-            "new": _count_new(model, plan),
-        },
-        skipped=plan.skipped,
-    )
+@dataclass(frozen=True)
+class _Work:
+    """A job whose network is loaded and whose cuts are planned."""
+
+    job: InsertJob
+    steps: tuple[Step, ...]
+    host: Host
+    plan: Plan
+
+    def preview(self) -> Insertion:
+        """Return what would be done."""
+        model = self.host.model
+        costs = cut_costs(model, self.plan)
+        held = count_parameters(model)["after"]
+        added, gates = sum(c.parameters for c in costs), sum(c.gates for c in costs)
+        originals = len(_original_keys(model))
+        return Insertion(
+            model=self.job.model,
+            output=None,
+            steps=self.steps,
+            costs=costs,
+            parameters={
+                "before": held,
+                "added": added,
+                "gates": gates,
+                "after": held + added + gates,
+            },
+            tensors={
+                "original": originals,
+                "kept": originals,
+                "new": count_new(model, self.plan),
+            },
+            skipped=self.plan.skipped,
+            attended=self.plan.attended,
+            checkpoint=self.host.fit,
+        )
+
+    def carry_out(
+        self, output: Path, example: tuple[Any, ...], progress: Callable[[str], None]
+    ) -> Insertion:
+        """Operate, prove and write."""
+        model = self.host.model
+        before = {key: sha256_of(tensor) for key, tensor in model.state_dict().items()}
+        originals = _original_keys(model)
+        held = count_parameters(model)["after"]
+        costs = cut_costs(model, self.plan)
+        blocks = " and ".join(dict.fromkeys(step.block for step in self.steps))
+        places = len(self.plan.cuts)
+        progress(f"inserting {blocks} at {places} places, and checking that nothing changed")
+        verdict, liveness = operate(model, self.plan, example)
+        after = model.state_dict()
+        kept = [key for key in before if key in after and sha256_of(after[key]) == before[key]]
+        if len(kept) != len(before):
+            raise IdentityBroken(f"only {len(kept)} of {len(before)} tensors are what they were")
+        progress(f"writing {output}")
+        artifact = None
+        if output.suffix.lower() == SAVED:
+            save_model(model, output, force=self.job.force)
+        else:
+            artifact = export_model(model, output, force=self.job.force, progress=progress)
+            for notice in artifact.notices:
+                progress(notice)
+        total, gates = count_parameters(model)["after"], sum(cost.gates for cost in costs)
+        return Insertion(
+            model=self.job.model,
+            output=str(output),
+            steps=self.steps,
+            costs=costs,
+            parameters={
+                "before": held,
+                "added": total - held - gates,
+                "gates": gates,
+                "after": total,
+            },
+            tensors={
+                "original": len(originals),
+                "kept": len([key for key in originals if key in kept]),
+                "new": len(after) - len(before),
+            },
+            skipped=self.plan.skipped,
+            attended=self.plan.attended,
+            checkpoint=self.host.fit,
+            verdict=verdict,
+            liveness=liveness,
+            artifact=artifact,
+        )
 
 
-def _count_new(model: nn.Module, plan: Plan) -> int:
-    return sum(len(build_attention(model, cut).state_dict()) for cut in plan.cuts)
-
-
-def _costs(model: nn.Module, plan: Plan) -> tuple[CutCost, ...]:
-    costs = []
-    for cut in plan.cuts:
-        attention = build_attention(model, cut)
-        total = sum(p.numel() for p in attention.parameters())
-        gates = sum(p.numel() for n, p in attention.named_parameters() if n.endswith("openness"))
-        macs = multiply_adds(attention, _reads(cut, next(attention.parameters()).dtype))
-        costs.append(CutCost(cut, total - gates, gates, macs))
-    return tuple(costs)
-
-
-def _reads(cut: Cut, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-    """Return stand-ins for what the attention of a cut reads."""
-    out = torch.empty(cut.shape, dtype=dtype, device="meta")
-    if cut.place.in_channels is None:
-        return (out,)
-    batch, _, height, width = cut.shape
-    down, across = cut.place.stride
-    wide = out.new_empty(batch, cut.place.in_channels, height * down, width * across)
-    return wide, out
-
-
-def _hashable_keys(model: nn.Module) -> list[str]:
+def _original_keys(model: nn.Module) -> list[str]:
     paths = attention_paths(model)
     return [key for key in model.state_dict() if not is_new_key(key, paths)]
-
-
-def _carry_out(
-    job: InsertJob,
-    output: Path,
-    model: nn.Module,
-    plan: Plan,
-    example: tuple[Any, ...],
-    progress: Callable[[str], None],
-) -> Insertion:
-    state = model.state_dict()
-    before = {key: sha256_of(tensor) for key, tensor in state.items()}
-    originals = _hashable_keys(model)
-    held = count_parameters(model)["after"]
-    costs = _costs(model, plan)
-    progress(f"inserting {job.block} at {len(plan.cuts)} places, and checking that nothing changed")
-    verdict, liveness = operate(model, plan, example)
-    after = model.state_dict()
-    kept = [key for key in before if key in after and sha256_of(after[key]) == before[key]]
-    if len(kept) != len(before):
-        raise IdentityBroken(f"only {len(kept)} of {len(before)} tensors are what they were")
-    progress(f"writing {output}")
-    artifact = None
-    if output.suffix.lower() == SAVED:
-        save_model(model, output, force=job.force)
-    else:
-        artifact = export_model(model, output, force=job.force, progress=progress)
-        for notice in artifact.notices:
-            progress(notice)
-    counts = count_parameters(model)
-    gates = sum(cost.gates for cost in costs)
-    return Insertion(
-        model=job.model,
-        output=str(output),
-        block=job.block,
-        placement=job.placement,
-        costs=costs,
-        parameters={
-            "before": held,
-            "added": counts["after"] - held - gates,
-            "gates": gates,
-            "after": counts["after"],
-        },
-        tensors={
-            "original": len(originals),
-            "kept": len([key for key in originals if key in kept]),
-            "new": len(after) - len(before),
-        },
-        skipped=plan.skipped,
-        verdict=verdict,
-        liveness=liveness,
-        artifact=artifact,
-    )

@@ -1,4 +1,4 @@
-"""Watch one forward pass: which module adds what, which convolves, with which shapes.
+"""Watch one forward pass: which module adds or concatenates what, and convolves, in which shapes.
 
 The pass runs on meta tensors (no memory, no arithmetic) with stand-ins for the model's
 tensors, which are given back; a model that cannot run there runs for real, once. What
@@ -8,66 +8,37 @@ attention already inserted does is left out: an operated network looks like its 
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
+from attnsurgeon.anatomy import own_class
 from attnsurgeon.blocks.block import AttentionBlock
-from attnsurgeon.borrow import borrowed_buffers, borrowed_modes, borrowed_randomness, on_meta
-from attnsurgeon.errors import HostUnusable
-
-Shape = tuple[int, ...]
-_ADDS = (torch.ops.aten.add.Tensor, torch.ops.aten.add_.Tensor)
-
-
-@dataclass(frozen=True)
-class Addition:
-    """Two activations of one shape, added in the own forward of the module at `path`."""
-
-    path: str
-    shape: Shape
+from attnsurgeon.borrow import (
+    borrowed_buffers,
+    borrowed_modes,
+    borrowed_randomness,
+    on_meta,
+    stand_ins,
+)
+from attnsurgeon.errors import HostUnusable, first_line
+from attnsurgeon.observation import Convolution, Join, Observation, Shape
+from attnsurgeon.tracks import Tracks, name_of
 
 
 @dataclass(frozen=True)
-class Convolution:
-    """A 2-D convolution as it ran: measured, not read from attributes."""
+class _Frame:
+    """A module that is running, and the tensors that it was given."""
 
     path: str
-    in_channels: int
-    out_channels: int
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-    in_shape: Shape
-    out_shape: Shape
-
-
-@dataclass
-class Visits:
-    """How often a module ran, and the shapes that its first run saw."""
-
-    count: int = 0
-    in_shape: Shape | None = None
-    out_shape: Shape | None = None
-    in_version: int = 0
-    passed_through: bool = False
-
-
-@dataclass
-class Observation:
-    """What one forward pass in eval mode showed, in the order of execution."""
-
-    additions: list[Addition] = field(default_factory=list)
-    convolutions: list[Convolution] = field(default_factory=list)
-    visits: dict[str, Visits] = field(default_factory=lambda: defaultdict(Visits))
+    module: nn.Module
+    sources: frozenset[int]
 
 
 class _Watch(TorchDispatchMode):
@@ -78,9 +49,9 @@ class _Watch(TorchDispatchMode):
         self.model = model
         self.inputs = inputs
         self.seen = Observation()
-        self.stack: list[tuple[str, nn.Module]] = []
-        # Everything computed from the input is kept alive, so that no id is used twice.
-        self.flowing = {id(leaf): leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)}
+        self.stack: list[_Frame] = []
+        self.tracks = Tracks(inputs)
+        self.sequences: dict[str, Tensor] = {}
 
     def __torch_dispatch__(
         self,
@@ -89,39 +60,98 @@ class _Watch(TorchDispatchMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        before = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-        shapes = [tuple(tensor.shape) for tensor in before]
+        read = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        flowing = [tensor for tensor in read if self.tracks.holds(tensor)]
+        is_own = not any(isinstance(frame.module, AttentionBlock) for frame in self.stack)
+        shapes = [tuple(tensor.shape) for tensor in read]
+        join = self._join(name_of(func), args, read, flowing) if is_own and self.stack else None
         out = func(*args, **(kwargs or {}))
-        if any(id(tensor) in self.flowing for tensor in before):
-            for leaf in tree_leaves(out):
-                if isinstance(leaf, Tensor):
-                    self.flowing[id(leaf)] = leaf
-            if not any(isinstance(module, AttentionBlock) for _, module in self.stack):
-                self._record(func, args, before, shapes, out)
+        if flowing:
+            self.tracks.follow(func, args, read, out)
+        if flowing and is_own and self.stack:
+            self._record(name_of(func), args, read, shapes, out)
+            if join is not None:
+                self._record_join(join, out)
         return out
 
+    def _join(
+        self, name: str, args: tuple[Any, ...], read: list[Tensor], flowing: list[Tensor]
+    ) -> str | None:
+        """Tell what kind of join an operator is about to make, if any."""
+        frame = self.stack[-1]
+        if not frame.path or len(flowing) < 2 or len(flowing) != len(read):
+            return None
+        if name in ("add", "add_") and len(read) == 2:
+            alike = read[0].shape == read[1].shape and read[0].ndim > 2
+            # Two products are mixed, as in a gated recurrent unit: neither is a way past the other.
+            mixed = all(self.tracks.is_product(tensor) for tensor in read)
+            kind = "addition" if alike and not mixed else None
+        elif name == "cat":
+            axes = {self.tracks.axis(tensor) for tensor in read} - {None}
+            dim = args[1] % read[0].ndim if len(args) > 1 else 0
+            kind = "concatenation" if axes == {dim} and read[0].ndim > 2 else None
+        else:
+            return None
+        if kind is None:
+            return None
+        ways = [self.tracks.trace_back(tensor, frame.sources) for tensor in read]
+        is_shared = bool(set.intersection(*(reached for reached, _ in ways)))
+        is_computed = any(weighted for _, weighted in ways)
+        return kind if is_shared and (is_computed or kind == "addition") else None
+
+    def _record_join(self, kind: str, out: Tensor) -> None:
+        layout = self.tracks.layout(out)
+        if layout is not None:
+            self.seen.joins.append(Join(self.stack[-1].path, kind, tuple(out.shape), layout))
+
     def _record(
-        self, func: Any, args: tuple[Any, ...], before: list[Tensor], shapes: list[Shape], out: Any
+        self,
+        name: str,
+        args: tuple[Any, ...],
+        read: list[Tensor],
+        shapes: list[Shape],
+        out: Any,
     ) -> None:
-        path = self.stack[-1][0] if self.stack else ""
-        if func in _ADDS and len(before) == 2 and shapes[0] == shapes[1] and len(shapes[0]) > 2:
-            if all(id(tensor) in self.flowing for tensor in before):
-                self.seen.additions.append(Addition(path, shapes[0]))
-        elif func is torch.ops.aten.convolution.default and len(shapes[0]) == 4 and not args[6]:
-            weight = shapes[1]
+        path = self.stack[-1].path
+        self.seen.visits[path].operators.add(name)
+        if name in ("mul", "mul_") and len(read) == 2 and self._is_scaling(read):
+            self.seen.scalings.append(path)
+        elif name == "convolution" and len(shapes[0]) in (4, 5) and not args[6]:
+            dims = len(shapes[0]) - 2
             self.seen.convolutions.append(
                 Convolution(
                     path=path,
                     in_channels=shapes[0][1],
-                    out_channels=weight[0],
-                    kernel=(weight[2], weight[3]),
-                    stride=_pair(args[3]),
-                    padding=_pair(args[4]),
-                    dilation=_pair(args[5]),
+                    out_channels=shapes[1][0],
+                    kernel=shapes[1][2:],
+                    stride=_per_axis(args[3], dims),
+                    padding=_per_axis(args[4], dims),
+                    dilation=_per_axis(args[5], dims),
                     in_shape=shapes[0],
                     out_shape=tuple(out.shape),
                 )
             )
+
+    def _is_scaling(self, read: list[Tensor]) -> bool:
+        """Tell whether a map is multiplied by one number per channel or per position."""
+        small, large = sorted(read, key=lambda tensor: tensor.numel())
+        axis = self.tracks.axis(large)
+        if axis is None or small.ndim != large.ndim or small.ndim < 3:
+            return False
+        if not all(self.tracks.holds(tensor) for tensor in read):
+            return False
+        narrow = {i for i in range(1, large.ndim) if small.shape[i] != large.shape[i]}
+        positions = set(range(1, large.ndim)) - {axis}
+        return narrow in ({axis}, positions) and all(small.shape[i] == 1 for i in narrow)
+
+    def finish(self, output: Any) -> Observation:
+        """Return what was seen, with what only the end of the pass can tell."""
+        self.seen.tokens = self.tracks.tokens
+        ends = [id(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        if self.seen.tokens:
+            for path, out in self.sequences.items():
+                self.seen.visits[path].is_read = self.tracks.has_readers(out, ends)
+        return self.seen
 
     @contextmanager
     def hooks(self) -> Iterator[None]:
@@ -129,20 +159,23 @@ class _Watch(TorchDispatchMode):
         handles = []
         try:
             for path, module in self.model.named_modules():
-                handles.append(module.register_forward_pre_hook(self._enter(path)))
-                handles.append(module.register_forward_hook(self._leave(path)))
+                enter, leave = self._enter(path), self._leave(path)
+                handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+                handles.append(module.register_forward_hook(leave))
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
     def _enter(self, path: str) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            self.stack.append((path, module))
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+            self.stack.append(_Frame(path, module, frozenset(id(leaf) for leaf in given)))
             visit = self.seen.visits[path]
             visit.count += 1
             if visit.count == 1 and args and isinstance(args[0], Tensor):
                 visit.in_shape = tuple(args[0].shape)
+                visit.in_layout = self.tracks.layout(args[0])
                 visit.in_version = args[0]._version
 
         return hook
@@ -151,8 +184,19 @@ class _Watch(TorchDispatchMode):
         def hook(module: nn.Module, args: tuple[Any, ...], out: Any) -> None:
             self.stack.pop()
             visit = self.seen.visits[path]
-            if visit.count == 1 and isinstance(out, Tensor):
+            main = next((leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)), None)
+            if visit.count == 1 and main is not None and self.tracks.layout(main) == "NLC":
+                self.sequences[path] = main
+            if not isinstance(out, Tensor):
+                return
+            join = next((j for j in reversed(self.seen.joins) if j.path == path), None)
+            if join is not None and self.tracks.axis(out) is None and out.shape == join.shape:
+                self.tracks.mark(out, join.layout)  # as where channels are shuffled after a join
+            axis = self.tracks.axis(out)
+            visit.widths.add(out.shape[axis] if axis is not None else 0)
+            if visit.count == 1:
                 visit.out_shape = tuple(out.shape)
+                visit.out_layout = self.tracks.layout(out)
                 # In-place activations return their input too, but leave a mark on it.
                 same = bool(args) and out is args[0] and out._version == visit.in_version
                 visit.passed_through = same and not list(module.children())
@@ -160,14 +204,16 @@ class _Watch(TorchDispatchMode):
         return hook
 
 
-def _pair(value: list[int]) -> tuple[int, int]:
-    return (value[0], value[-1])
+def _per_axis(value: list[int], dims: int) -> Shape:
+    return tuple(value) if len(value) == dims else (value[0],) * dims
 
 
 def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Observation:
     """Run the model once in eval mode on inputs of these shapes and return what was seen.
 
     Nothing of the model changes: parameters, buffers, modes, hooks and random state are as before.
+    A pass that comes to ask for numbers, which meta tensors do not have, is taken as far as it
+    came, unless a module of a kind that joins paths has not run by then: then it runs for real.
 
     Raises:
         HostUnusable: the forward pass fails with this input.
@@ -175,74 +221,51 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Observation:
     with borrowed_modes(model), borrowed_randomness(0), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a host's own warnings belong to the host's own runs
         model.eval()
-        try:
-            return _watch_on_meta(model, inputs)
-        except Exception:  # whatever cannot be done on meta tensors is tried for real
-            with borrowed_buffers(model):
-                return _watch_for_real(model, inputs)
+        seen = _watch_on_meta(model, inputs)
+        if seen is not None:
+            return seen
+        with borrowed_buffers(model):
+            return _watch_for_real(model, inputs)
 
 
-def _watch_on_meta(model: nn.Module, inputs: tuple[Any, ...]) -> Observation:
+def _watch_on_meta(model: nn.Module, inputs: tuple[Any, ...]) -> Observation | None:
+    """Return what the pass on meta tensors showed, or None where that is not enough."""
     watch = _Watch(model, stand_ins(inputs))
-    with watch.hooks(), on_meta(model), watch:
-        model(*watch.inputs)
+    try:
+        with watch.hooks(), on_meta(model), watch:
+            return watch.finish(model(*watch.inputs))
+    except Exception as error:  # whatever cannot be done on meta tensors is tried for real
+        is_outline = any(parameter.is_meta for parameter in model.parameters())  # has no numbers
+        if not _asks_for_numbers(error) or not (
+            is_outline or _has_seen_its_kinds(model, watch.seen)
+        ):
+            return None
+    watch.seen.tokens = watch.tracks.tokens
+    watch.seen.complete = False
     return watch.seen
 
 
-def stand_ins(inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return inputs of the same shapes without memory."""
-    found: tuple[Any, ...] = tree_map_only(
-        Tensor, lambda tensor: torch.empty_like(tensor, device="meta"), inputs
+def _asks_for_numbers(error: Exception) -> bool:
+    return isinstance(error, NotImplementedError) or "meta tensors" in str(error)
+
+
+def _has_seen_its_kinds(model: nn.Module, seen: Observation) -> bool:
+    """Tell whether every module of a class that joins paths has run."""
+    modules = dict(model.named_modules())
+    joining = {own_class(modules[join.path]) for join in seen.joins}
+    return bool(joining) and all(
+        path in seen.visits for path, module in modules.items() if own_class(module) in joining
     )
-    return found
 
 
 def _watch_for_real(model: nn.Module, inputs: tuple[Any, ...]) -> Observation:
     watch = _Watch(model, inputs)
     try:
         with watch.hooks(), watch:
-            model(*inputs)
+            return watch.finish(model(*inputs))
     except Exception as error:
         shapes = [tuple(leaf.shape) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise HostUnusable(
-            f"{type(model).__name__} does not run on inputs of shape {shapes}: {first}; "
-            "give it an input it takes"
+            f"{type(model).__name__} does not run on inputs of shape {shapes}: "
+            f"{first_line(error)}; give it an input it takes"
         ) from error
-    return watch.seen
-
-
-def runs_on(model: nn.Module, inputs: tuple[Any, ...], *, train: bool = False) -> bool:
-    """Tell whether the model takes inputs of these shapes in eval mode, and in train mode if asked.
-
-    In eval mode nothing is computed, unless the model makes tensors of its own, which need real
-    ones beside. Train mode runs for real: its norms are taken apart on meta tensors, which takes
-    longer than small inputs do.
-    """
-    return why_it_fails(model, inputs, train=train) is None
-
-
-def why_it_fails(
-    model: nn.Module, inputs: tuple[Any, ...], *, train: bool = False
-) -> Exception | None:
-    """Return what the model raises on inputs of these shapes, or None if it runs. See runs_on."""
-    with borrowed_modes(model), borrowed_randomness(0), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        model.eval()
-        with on_meta(model):
-            error = _error_of(model, stand_ins(inputs))
-        with borrowed_buffers(model):
-            if error is not None:
-                error = _error_of(model, inputs)
-            if error is None and train:
-                model.train()
-                error = _error_of(model, inputs)
-    return error
-
-
-def _error_of(model: nn.Module, inputs: tuple[Any, ...]) -> Exception | None:
-    try:
-        model(*inputs)
-    except Exception as error:  # of the user's network: it may be anything
-        return error
-    return None

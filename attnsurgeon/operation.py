@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import copy
+import os
+import warnings
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from attnsurgeon.card import HostCard, card_of, give_card
+from attnsurgeon.liveness import Liveness
+from attnsurgeon.network import plain_network
 from attnsurgeon.origin import fingerprints, give_origin, origin_of
-from attnsurgeon.plan import Plan, make_plan
-from attnsurgeon.sites import as_inputs, find_sites
+from attnsurgeon.plan import Plan, as_patterns
+from attnsurgeon.probes import probe_inputs
+from attnsurgeon.sites import as_inputs
+from attnsurgeon.steps import Step, load_steps, plan_steps, read_steps
 from attnsurgeon.surgery import apply_plan
-from attnsurgeon.verify import Liveness, Verdict, keep_promises, probe_inputs
+from attnsurgeon.verify import Verdict, keep_promises
 
 
 @dataclass(frozen=True)
@@ -64,24 +70,29 @@ def insert_attention(
     exclude: str | Iterable[str] = (),
     stage: int | Iterable[int] = (),
     every: int = 1,
+    kind: str | None = None,
     placement: str = "post",
     example: Any = None,
     seed: int = 0,
     stack: bool = False,
     **options: Any,
 ) -> nn.Module:
-    """Return a copy of a model with attention at its residual blocks, behind closed gates.
+    """Return a copy of a model with attention at its sites, behind closed gates.
 
     The copy computes bit for bit what the model computes, which is left untouched; its original
     keys are the model's. New parts join in the mode, dtype and device of their block.
 
     Args:
-        model: any network with residual blocks.
-        block: name of the attention: se, cbam, sk, gc, or another of blocks.names().
+        model: any network; see find_sites. One that is compiled or wrapped for parallel training
+            is taken out of that, with a warning, and so the copy is neither.
+        block: name of the attention: se, cbam, sk, gc, or another of blocks.names(); a class of
+            your own as path/to/file.py:Class; a layer of timm as timm:NAME.
         at: shell patterns on the dotted path of a block; each must match.
         exclude: shell patterns of blocks to leave out.
         stage: stages to choose from, numbered from 1 by feature size.
         every: take each `every`-th of the chosen sites.
+        kind: residual, merge, layer or plain; by default residual, or merge where there is no
+            residual block. A module named in full in `at` is taken whatever it is.
         placement: post, standard, pre, identity, conv or replace.
         example: an input, or a tuple of inputs; by default that of the network's card, or a
             (1, C, 224, 224) image batch.
@@ -101,21 +112,55 @@ def insert_attention(
         >>> torch.equal(host(image), operated(image))
         True
     """
-    inputs = as_inputs(model, example)
-    sites = find_sites(model, inputs)
-    plan = make_plan(
-        model,
-        sites,
+    step = Step(
         block,
-        at=at,
-        exclude=exclude,
-        stages=(stage,) if isinstance(stage, int) else stage,
+        at=tuple(as_patterns(at)),
+        exclude=tuple(as_patterns(exclude)),
+        stage=(stage,) if isinstance(stage, int) else tuple(stage),
         every=every,
+        kind=kind,
         placement=placement,
         options=options,
         seed=seed,
         stack=stack,
     )
+    return _insert(model, (step,), example)
+
+
+def insert_plan(model: nn.Module, plan: Any, *, example: Any = None, seed: int = 0) -> nn.Module:
+    """Return a copy of a model with several attentions, each where its step of a plan says.
+
+    It is what inserting step by step would give; see insert_attention for what is promised.
+
+    Args:
+        model: see insert_attention.
+        plan: a list of mappings such as {"at": "layer3.*", "block": "se", "placement": "standard",
+            "options": {"reduction": 8}}, in the order of insertion; the JSON that `attnsurgeon
+            insert --dry-run --json` prints, as Python values; or the path of such a file.
+        example: see insert_attention.
+        seed: of the new weights of steps that name none.
+
+    Raises:
+        AttnSurgeonError: see load_steps, read_steps, make_plan and find_sites.
+        IdentityBroken: an output changed or a gate cannot learn.
+
+    Example:
+        >>> import torchvision, attnsurgeon
+        >>> host = torchvision.models.resnet18(weights=None).eval()
+        >>> steps = [{"at": "layer3.*", "block": "se"}, {"at": "layer4.1", "block": "gc"}]
+        >>> len(attnsurgeon.gates(attnsurgeon.insert_plan(host, steps)))
+        3
+    """
+    is_file = isinstance(plan, str | os.PathLike)
+    return _insert(model, load_steps(plan, seed) if is_file else read_steps(plan, seed), example)
+
+
+def _insert(model: nn.Module, steps: tuple[Step, ...], example: Any) -> nn.Module:
+    model, notices = plain_network(model)
+    for notice in notices:
+        warnings.warn(notice, stacklevel=3)
+    inputs = as_inputs(model, example)
+    plan = plan_steps(model, inputs, steps)
     operated = copy.deepcopy(model)
     if origin_of(model) is None:
         give_origin(operated, fingerprints(model))
@@ -125,7 +170,6 @@ def insert_attention(
 
 
 def remember_input(model: nn.Module, inputs: tuple[Any, ...]) -> None:
-    """Note in the model's card, if it has none, its class and the shapes of its inputs."""
-    shapes = tuple(tuple(part.shape) for part in inputs if isinstance(part, Tensor))
+    """Note the inputs in the model's card; one without a card gets one with its class."""
     card = card_of(model) or HostCard(name=None, class_name=type(model).__name__)
-    give_card(model, replace(card, input_shapes=shapes))
+    give_card(model, card.with_example(inputs, next(iter(model.parameters()), None)))

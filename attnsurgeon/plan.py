@@ -22,9 +22,11 @@ from attnsurgeon.errors import (
     UnknownName,
     nearest,
 )
-from attnsurgeon.observe import Shape
+from attnsurgeon.observation import Shape
 from attnsurgeon.schema import read_as
-from attnsurgeon.sites import PLACEMENTS, Site
+from attnsurgeon.sites import KINDS, PLACEMENTS, Site, default_kind
+from attnsurgeon.spots import sizes_in
+from attnsurgeon.tracks import LAYOUTS
 from attnsurgeon.wiring import Splice
 
 _CHILD = re.compile(r"attention_[a-z]+(_[0-9]+)?")
@@ -52,6 +54,12 @@ class Cut:
         """Dotted path of the attention in the operated model; the prefix of its new keys."""
         return f"{self.path}.{self.splice.child}"
 
+    @property
+    def sizes(self) -> Shape:
+        """Spatial sizes of the map that the attention reads, without tokens that go past it."""
+        sizes = sizes_in(self.shape, self.splice.layout)
+        return (sizes[0] - self.splice.tokens,) if self.splice.tokens else sizes
+
     def to_json(self) -> dict[str, Any]:
         """Return plain values that `from_json` reads."""
         return {
@@ -59,7 +67,7 @@ class Cut:
             "placement": self.placement,
             "block": self.block,
             "options": dict(self.options),
-            "place": asdict(self.place),
+            "place": self.place.to_json(),
             "shape": list(self.shape),
             "splice": asdict(self.splice),
             "seed": self.seed,
@@ -93,7 +101,11 @@ class Cut:
             raise ValueError(f"{self.block} has no placement {self.placement!r}")
         if self.splice.placement != self.placement or not _CHILD.fullmatch(self.splice.child):
             raise ValueError(f"cut.splice is not one of placement {self.placement!r}")
+        if self.splice.layout not in LAYOUTS.values() or len(self.shape) != len(self.splice.layout):
+            raise ValueError(f"cut.splice has the layout {self.splice.layout!r}, its shape another")
         place = self.place
+        if place.dims != len(self.shape) - 2 or self.splice.tokens not in range(self.shape[1]):
+            raise ValueError("the dimensions or tokens of a cut are not those of its shape")
         widths = (place.channels, place.in_channels or 1, *place.stride, place.dilation)
         in_range = all(1 <= number <= _MOST for number in (*widths, *self.shape))
         if not in_range or self.splice.tail not in range(_LONGEST_TAIL + 1):
@@ -102,10 +114,14 @@ class Cut:
 
 @dataclass(frozen=True)
 class Plan:
-    """The cuts to make, in order, and the chosen sites that cannot have one, with the reason."""
+    """The cuts to make, in order, and the chosen sites that cannot have one, with the reason.
+
+    `attended` are the paths of the chosen sites that hold attention of the network's own.
+    """
 
     cuts: tuple[Cut, ...]
     skipped: Mapping[str, str] = field(default_factory=dict)
+    attended: tuple[str, ...] = ()
 
 
 def make_plan(
@@ -117,12 +133,14 @@ def make_plan(
     exclude: str | Iterable[str] = (),
     stages: Iterable[int] = (),
     every: int = 1,
+    kind: str | None = None,
     placement: str = "post",
     options: Mapping[str, Any] | None = None,
     seed: int = 0,
+    before: Sequence[Cut] = (),
     stack: bool = False,
 ) -> Plan:
-    """Choose sites by pattern, stage and step, and plan the same attention at each.
+    """Choose sites by kind, pattern, stage and step, and plan the same attention at each.
 
     Args:
         model: the network the sites are of; only the names of its children are read.
@@ -132,9 +150,12 @@ def make_plan(
         exclude: shell patterns of sites to leave out.
         stages: numbers of stages to choose from; all if empty.
         every: of the chosen sites take each `every`-th, beginning with the first.
+        kind: one of sites.KINDS; by default residual, or merge where there is no residual site. A
+            site named in full is chosen whatever its kind.
         placement: one of sites.PLACEMENTS.
         options: of the block.
         seed: of the new weights.
+        before: cuts that will be made before these.
         stack: take sites too that have the same block at the same placement already.
 
     Raises:
@@ -145,23 +166,24 @@ def make_plan(
             have this block there already.
         NoSites: nothing is left to operate on.
     """
-    values = check_request(block, placement=placement, every=every, options=options)
-    chosen = select_sites(sites, at=at, exclude=exclude, stages=stages, every=every)
-    literal = {pattern for pattern in as_patterns(at) if not _is_wild(pattern)}
+    values = check_request(block, placement=placement, every=every, kind=kind, options=options)
+    chosen = select_sites(sites, at=at, exclude=exclude, stages=stages, every=every, kind=kind)
+    literal = set(literals(at))
     cuts: list[Cut] = []
     skipped: dict[str, str] = {}
     for site in chosen:
         try:
             if not stack:
-                _refuse_twin(model, site, block, placement)
-            cuts.append(_plan_cut(model, site, block, placement, values, seed))
+                _refuse_twin(model, site, block, placement, before)
+            cuts.append(_plan_cut(model, site, block, placement, values, seed, before))
         except PlacementUnavailable as error:
             if site.path in literal:
                 raise
             skipped[site.path] = str(error)
     if not cuts:
         raise PlacementUnavailable(next(iter(skipped.values())))
-    return Plan(tuple(cuts), skipped)
+    attended = tuple(site.path for site in chosen if site.attention)
+    return Plan(tuple(cuts), skipped, attended)
 
 
 def check_request(
@@ -169,6 +191,7 @@ def check_request(
     *,
     placement: str = "post",
     every: int = 1,
+    kind: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Refuse what no network could satisfy, before one is loaded; return the options as typed.
@@ -185,6 +208,8 @@ def check_request(
             f"{block} cannot be put at {placement!r}; it takes {', '.join(block_type.placements)}"
             f" ({placement!r} is for {having})"
         )
+    if kind is not None and kind not in KINDS:
+        raise UnknownName("kind of site", kind, KINDS)
     if every < 1:
         raise BadOption(f"--every must be at least 1, not {every}")
     return blocks.check_options(block, options or {})
@@ -197,13 +222,15 @@ def _plan_cut(
     placement: str,
     options: Mapping[str, Any],
     seed: int,
+    before: Sequence[Cut],
 ) -> Cut:
-    if site.layout not in blocks.get(block).layouts:
-        raise PlacementUnavailable(
-            f"{block} cannot serve {site.path}: its feature map is {site.layout}"
-        )
     spot = site.spot(placement)
+    if spot.serves not in blocks.get(block).layouts:
+        raise PlacementUnavailable(
+            f"{block} cannot serve {site.path} at {placement!r}: its feature map is {spot.serves}"
+        )
     taken = {name for name, _ in model.get_submodule(site.path).named_children()}
+    taken |= {cut.splice.child for cut in before if cut.path == site.path}
     child = spot.splice.child
     number = 1
     while child in taken:  # a second attention at one place
@@ -213,14 +240,19 @@ def _plan_cut(
     return Cut(site.path, placement, block, options, spot.place, spot.shape, splice, seed)
 
 
-def _refuse_twin(model: nn.Module, site: Site, block: str, placement: str) -> None:
+def _refuse_twin(
+    model: nn.Module, site: Site, block: str, placement: str, before: Sequence[Cut]
+) -> None:
     place = re.compile(rf"attention_{placement}(_[0-9]+)?")
-    for name, child in model.get_submodule(site.path).named_children():
-        if place.fullmatch(name) and isinstance(child, blocks.get(block)):
-            raise PlacementUnavailable(
-                f"{site.path} has {block} at {placement!r} already; give --stack (stack=True) to "
-                "put another behind it, or choose other sites by --at or --exclude"
-            )
+    made = any(
+        place.fullmatch(name) and type(child) is blocks.get(block)
+        for name, child in model.get_submodule(site.path).named_children()
+    )
+    if made or (site.path, block, placement) in {(c.path, c.block, c.placement) for c in before}:
+        raise PlacementUnavailable(
+            f"{site.path} has {block} at {placement!r} already; give --stack (stack=True) to put "
+            "another behind it, or choose other sites by --at or --exclude"
+        )
 
 
 def as_patterns(patterns: str | Iterable[str]) -> list[str]:
@@ -228,8 +260,16 @@ def as_patterns(patterns: str | Iterable[str]) -> list[str]:
     return [patterns] if isinstance(patterns, str) else list(patterns)
 
 
-def _is_wild(pattern: str) -> bool:
-    return any(character in pattern for character in "*?[")
+def literals(patterns: str | Iterable[str]) -> list[str]:
+    """Return the patterns that name one path in full."""
+    return [p for p in as_patterns(patterns) if not any(character in p for character in "*?[")]
+
+
+def named_layers(at: str | Iterable[str], kind: str | None) -> list[str]:
+    """Return the patterns by which find_sites is to offer modules as layers, whatever they do."""
+    if kind == "layer":
+        return [pattern for pattern in as_patterns(at) if pattern != "*"]
+    return literals(at)
 
 
 def select_sites(
@@ -239,31 +279,54 @@ def select_sites(
     exclude: str | Iterable[str] = (),
     stages: Iterable[int] = (),
     every: int = 1,
+    kind: str | None = None,
 ) -> list[Site]:
     """Return the sites that match, in their order. See make_plan.
 
     Raises:
-        PatternUnmatched: a pattern or stage that no site has.
-        NoSites: nothing is left.
+        PatternUnmatched: a pattern or stage that no site of the kind has.
+        NoSites: nothing is left, or the network has neither residual blocks nor merges.
     """
-    paths = [site.path for site in sites]
     wanted, unwanted = as_patterns(at) or ["*"], as_patterns(exclude)
-    for pattern in (*wanted, *unwanted):
-        if not fnmatch.filter(paths, pattern):
-            hint = nearest(pattern, paths) or f"; the first is {paths[0]!r}" if paths else ""
-            raise PatternUnmatched(f"{pattern!r} matches none of the {len(paths)} sites{hint}")
-    known = {site.stage for site in sites}
+    named = {name for name in literals(wanted) if any(_is_called(site, name) for site in sites)}
+    if kind is None and named != set(wanted):
+        kind = default_kind(sites)
+    pool = [s for s in sites if s.kind == kind or any(_is_called(s, name) for name in named)]
+    _check_patterns(pool, [name for name in (*wanted, *unwanted) if name not in named], kind)
+    known = {site.stage for site in pool}
     numbers = list(stages)
     for number in numbers:
         if number not in known:
             raise PatternUnmatched(f"there is no stage {number}; the stages are 1 to {max(known)}")
     chosen = [
         site
-        for site in sites
-        if any(fnmatch.fnmatchcase(site.path, pattern) for pattern in wanted)
-        and not any(fnmatch.fnmatchcase(site.path, pattern) for pattern in unwanted)
+        for site in pool
+        if any(_matches(site, pattern) for pattern in wanted)
+        and not any(_matches(site, pattern) for pattern in unwanted)
         and (not numbers or site.stage in numbers)
     ][::every]
     if not chosen:
         raise NoSites("no site is left after --at, --stage and --exclude; loosen one of them")
     return chosen
+
+
+def _is_called(site: Site, name: str) -> bool:
+    return name in (site.path, *site.also)
+
+
+def _matches(site: Site, pattern: str) -> bool:
+    return any(fnmatch.fnmatchcase(path, pattern) for path in (site.path, *site.also))
+
+
+def _check_patterns(pool: Sequence[Site], patterns: Sequence[str], kind: str | None) -> None:
+    """Refuse patterns that match no site.
+
+    Raises:
+        PatternUnmatched: one does not; the message gives the nearest path.
+    """
+    paths = [site.path for site in pool]
+    for pattern in patterns:
+        if not any(_matches(site, pattern) for site in pool):
+            hint = nearest(pattern, paths) or f"; the first is {paths[0]!r}" if paths else ""
+            which = "sites" if kind in (None, "residual") else f"sites of kind {kind}"
+            raise PatternUnmatched(f"{pattern!r} matches none of the {len(paths)} {which}{hint}")

@@ -1,54 +1,72 @@
-"""Where attention may go: the residual blocks of a network, found from what one pass showed."""
+"""Where attention may go in a network, found from what one pass showed."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping
+import fnmatch
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from attnsurgeon import blocks
-from attnsurgeon.anatomy import Anatomy, ancestry, dissect, find_conv, find_tail, trace_own_forward
-from attnsurgeon.blocks.block import Place
+from attnsurgeon.anatomy import own_class
 from attnsurgeon.card import card_of
-from attnsurgeon.errors import HostUnusable, NoSites, PlacementUnavailable
-from attnsurgeon.observe import Addition, Convolution, Observation, Shape, observe
-from attnsurgeon.wiring import Splice, check_place
+from attnsurgeon.errors import NoSites, PlacementUnavailable
+from attnsurgeon.network import plain_network
+from attnsurgeon.observation import Join, Observation, Shape
+from attnsurgeon.observe import observe
+from attnsurgeon.spots import PLACEMENTS, Spot, channel_axis, post_spot, residual_spots, sizes_in
 
-PLACEMENTS = ("post", "standard", "pre", "identity", "conv", "replace")
-"""All placements, by the names of the Squeeze-and-Excitation paper (section 6.4), and `replace`."""
+__all__ = ["KINDS", "PLACEMENTS", "Site", "default_kind", "find_sites"]
 
+KINDS = ("residual", "merge", "layer", "plain")
+"""What a site is; the first of them that a network has is what is chosen by default."""
 
-Traced = tuple[fx.Graph, Anatomy | None]
-"""The graph of a block's own forward, and its parts."""
-
-
-@dataclass(frozen=True)
-class Spot:
-    """One place at a site: its measured width and shape, and how attention is spliced in there."""
-
-    place: Place
-    shape: Shape
-    splice: Splice
+_ACTIVATIONS = {
+    "relu",
+    "relu_",
+    "hardtanh",
+    "hardtanh_",
+    "leaky_relu",
+    "leaky_relu_",
+    "silu",
+    "silu_",
+    "gelu",
+    "hardswish",
+    "hardswish_",
+    "elu",
+    "elu_",
+    "mish",
+    "sigmoid",
+    "tanh",
+    "prelu",
+    "_prelu_kernel",
+}
 
 
 @dataclass(frozen=True)
 class Site:
-    """A residual block that attention can be put at.
+    """A module that attention can be put at.
 
     Attributes:
-        path: dotted path of the block in the model.
-        kind: `residual`, an addition of a branch and a shortcut.
-        layout: what the axes of `shape` are, such as NCHW.
-        channels: C of the block's output, measured.
-        shape: of the block's output, measured with the example input (its batch comes first).
-        placements: the places that this block has, out of PLACEMENTS.
-        blocks: names of the attention blocks that can serve it.
-        stage: number of the run of sites of one feature size, from 1 in the order of execution.
-        refused: placement -> why this block does not have it.
+        path: dotted path of the module in the model.
+        kind: `residual` (it adds a branch and a shortcut), `merge` (it concatenates branches),
+            `plain` (of the class of a residual block, without a shortcut), or `layer` (any module
+            that returns a feature map).
+        layout: what the axes of `shape` are: NCHW, NHWC, NLC, NCDHW or NDHWC.
+        channels: C of the module's output, measured.
+        shape: of the module's output, measured with the example input (its batch comes first).
+        placements: the places that this module has, out of PLACEMENTS.
+        blocks: names of the attention blocks that can serve one of them.
+        stage: number of the run of sites of one kind and feature size, from 1 in the order of
+            execution; of a plain one, the number of the residual stage of its size (0: none is).
+        attention: paths of modules in it that are attention already, the network's own.
+        also: the other paths by which the same module can be reached.
+        refused: placement -> why this module does not have it.
     """
 
     path: str
@@ -59,6 +77,8 @@ class Site:
     placements: tuple[str, ...]
     blocks: tuple[str, ...]
     stage: int = 1
+    attention: tuple[str, ...] = ()
+    also: tuple[str, ...] = ()
     refused: Mapping[str, str] = field(default_factory=dict, repr=False)
     spots: Mapping[str, Spot] = field(default_factory=dict, repr=False)
 
@@ -66,10 +86,10 @@ class Site:
         """Return the place of that name.
 
         Raises:
-            PlacementUnavailable: the block does not have it; the message says why.
+            PlacementUnavailable: the module does not have it; the message says why.
         """
         if placement not in self.spots:
-            reason = self.refused.get(placement, f"its feature map is {self.layout}")
+            reason = self.refused.get(placement, f"a {self.kind} site has no such place")
             have = ", ".join(self.placements) or "none"
             raise PlacementUnavailable(
                 f"{self.path} has no placement {placement!r}: {reason}; it has {have}"
@@ -77,43 +97,90 @@ class Site:
         return self.spots[placement]
 
 
-def find_sites(model: nn.Module, example: Any = None) -> list[Site]:
-    """Return the residual blocks of a model in the order of execution.
+def find_sites(model: nn.Module, example: Any = None, *, named: Iterable[str] = ()) -> list[Site]:
+    """Return the sites of a model in the order of execution.
+
+    Residual blocks, merges and plain blocks are found by what they did; where there is neither
+    a residual block nor a merge, the activations are offered as layers.
 
     Args:
-        model: any network; it is watched through one forward pass and left as it was.
+        model: any network; it is watched through one forward pass and left as it was. Paths are
+            those in the network itself where it is compiled or wrapped for parallel training.
         example: an input, or a tuple of inputs; shapes are measured with it. By default that of
             the model's card, or a (1, C, 224, 224) image with the first convolution's channels.
+        named: shell patterns of further modules to offer as layers.
 
     Raises:
-        HostUnusable: the model is wrapped or scripted, or does not run with this input.
-        NoSites: no module of it adds two activations of one shape.
+        HostUnusable: the model is scripted, quantized or sharded, or does not run on this input.
+        NoSites: no module of it joins paths or returns an activation of a known layout.
+        PlacementUnavailable: a module named in full returns no feature map.
     """
-    check_operable(model)
-    inputs = as_inputs(model, example)
-    seen = observe(model, inputs)
-    additions = {addition.path: addition for addition in seen.additions if addition.path}
-    if not additions:
+    model, _ = plain_network(model)
+    seen = observe(model, as_inputs(model, example))
+    modules = dict(model.named_modules())
+    finder = _Finder(model, seen)
+    joins = _joins_by_path(seen)
+    classes = {own_class(modules[p]) for p, join in joins.items() if join.kind == "addition"}
+    wanted = list(named)
+    sites = []
+    for path, visit in list(seen.visits.items()):
+        module = modules[path]
+        if not path or not visit.count:
+            continue
+        if path in joins:
+            site = finder.joining(module, joins[path])
+        elif own_class(module) in classes and visit.out_layout:
+            site = finder.alone("plain", path, module)
+        elif path in wanted or (visit.out_layout and _is_wanted(path, wanted)):
+            site = finder.alone("layer", path, module)
+        else:
+            continue
+        sites.append(site)
+    if not {"residual", "merge"} & {site.kind for site in sites}:
+        sites = _offer_activations(finder, modules, sites)
+    if not sites:
         raise NoSites(
-            f"{type(model).__name__} has no residual block: no module in it adds two activations "
-            "of one shape; choose a residual network, such as resnet50"
+            f"{type(model).__name__} has no site: no module in it adds or concatenates paths or is "
+            "an activation that returns a feature map; choose another network, such as resnet50"
         )
-    sites = [_site(model, seen, addition) for addition in additions.values()]
     return _number_stages(sites)
 
 
-def check_operable(model: nn.Module) -> None:
-    """Refuse wrappers that hide the network's modules, with the remedy.
+def _is_wanted(path: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatch.fnmatchcase(path, pattern) for pattern in patterns)
+
+
+def _offer_activations(
+    finder: _Finder, modules: Mapping[str, nn.Module], sites: list[Site]
+) -> list[Site]:
+    """Add the activations of a network that neither adds nor concatenates."""
+    seen = finder.seen
+    known = {site.path for site in sites}
+    offered = [
+        finder.alone("layer", path, modules[path])
+        for path, visit in seen.visits.items()
+        if path not in known and visit.out_layout and visit.operators & _ACTIVATIONS
+    ]
+    order = {path: i for i, path in enumerate(seen.visits)}
+    return sorted([*sites, *offered], key=lambda site: order[site.path])
+
+
+def default_kind(sites: Sequence[Site]) -> str:
+    """Return the kind of site that is meant where none is named: residual, or else merge.
 
     Raises:
-        HostUnusable: the model is scripted, compiled or wrapped for parallel training.
+        NoSites: the network has neither.
     """
-    if isinstance(model, torch.jit.ScriptModule):
-        raise HostUnusable("the model is TorchScript already; operate on it before scripting")
-    if isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
-        raise HostUnusable(f"the model is wrapped in {type(model).__name__}; pass model.module")
-    if hasattr(model, "_orig_mod"):
-        raise HostUnusable("the model is compiled; pass model._orig_mod, and compile afterwards")
+    kinds = {site.kind for site in sites}
+    for kind in ("residual", "merge"):
+        if kind in kinds:
+            return kind
+    first = sites[0].path if sites else "PATH"
+    raise NoSites(
+        "the network has no residual block and no merge of branches; give --kind layer for its "
+        f"{len(sites)} activations, name modules, as in --at {first}, or choose another network, "
+        "such as resnet50"
+    )
 
 
 def as_inputs(model: nn.Module, example: Any) -> tuple[Any, ...]:
@@ -139,165 +206,110 @@ def default_example(model: nn.Module, size: tuple[int, int] = (224, 224)) -> Ten
     return torch.zeros(1, 3, *size)
 
 
-def _site(model: nn.Module, seen: Observation, addition: Addition) -> Site:
-    layout = _layout(seen, addition)
-    site = Site(
-        path=addition.path,
-        kind="residual",
-        layout=layout,
-        channels=addition.shape[1] if layout.startswith("NC") else addition.shape[-1],
-        shape=addition.shape,
-        placements=(),
-        blocks=(),
-    )
-    serving = [name for name in blocks.names() if layout in blocks.get(name).layouts]
-    if not serving:
-        return site
-    spots, refused = _spots(model.get_submodule(addition.path), seen, addition)
-    return replace(
-        site,
-        placements=tuple(spots),
-        blocks=tuple(n for n in serving if set(blocks.get(n).placements) & set(spots)),
-        refused=refused,
-        spots=spots,
-    )
+def _joins_by_path(seen: Observation) -> dict[str, Join]:
+    """Return the join that makes a module a site: its last addition, or what it returns joined."""
+    found: dict[str, Join] = {}
+    for join in seen.joins:
+        if join.kind == "addition" or (
+            _returns_join(seen, join) and found.get(join.path, join).kind != "addition"
+        ):
+            found[join.path] = join
+    return found
 
 
-def _layout(seen: Observation, addition: Addition) -> str:
-    """Tell which axis holds the channels, from whether convolutions work on maps of this size."""
-    if len(addition.shape) != 4:
-        return {3: "NLC", 5: "NCDHW"}.get(len(addition.shape), "?")
-    sizes = [conv.out_shape[2:] for conv in _convs_in(seen, addition.path)]
-    return "NCHW" if addition.shape[2:] in sizes else "NHWC"
+def _returns_join(seen: Observation, join: Join) -> bool:
+    """Tell whether what was joined is what the module returns, and not a step on its way."""
+    return seen.visits[join.path].out_shape == join.shape
 
 
-def _convs_in(seen: Observation, path: str) -> list[Convolution]:
-    return [conv for conv in seen.convolutions if conv.path.startswith(f"{path}.")]
+class _Finder:
+    """Make sites of modules, from one observation."""
 
+    def __init__(self, model: nn.Module, seen: Observation) -> None:
+        self.seen = seen
+        self.paths: dict[int, list[str]] = defaultdict(list)
+        for path, module in model.named_modules(remove_duplicate=False):
+            self.paths[id(module)].append(path)
 
-def _spots(
-    block: nn.Module, seen: Observation, addition: Addition
-) -> tuple[dict[str, Spot], dict[str, str]]:
-    """Try every placement in the block; return what is there, and why the rest is not."""
-    if "forward" in block.__dict__:
-        reason = "its forward is set on the object and not by its class"
-        return {}, dict.fromkeys(PLACEMENTS, reason)
-    spots: dict[str, Spot] = {}
-    refused: dict[str, str] = {}
-    passed = _passed(block, seen, addition.path)
-    middle: Convolution | None = None
-    tail = 0
+    def joining(self, module: nn.Module, join: Join) -> Site:
+        """Return the site of a module that joins paths."""
+        if join.kind == "concatenation":
+            return self.alone("merge", join.path, module)
+        spots, refused = residual_spots(module, self.seen, join)
+        visit = self.seen.visits[join.path]
+        shape, layout = visit.out_shape, visit.out_layout
+        if shape is None or layout is None:
+            shape, layout = join.shape, join.layout
+        return self._site("residual", join.path, module, shape, layout, spots, refused)
 
-    @functools.cache
-    def traced(opened: str) -> Traced:
-        graph = trace_own_forward(block, [f"{opened}.conv"] if opened else [])
-        return graph, dissect(block, graph, passed)
-
-    try:
-        middle, tail = _middle_conv(block, seen, addition.path, traced)
-    except PlacementUnavailable as error:
-        refused = {"conv": str(error), "replace": str(error)}
-    if seen.visits[addition.path].out_shape is None:
-        refused["post"] = "it does not return one tensor"
-    for placement in PLACEMENTS:
-        if placement in refused:
-            continue
-        if placement in ("conv", "replace"):
-            assert middle is not None  # else it was refused above
-            spot = _conv_spot(addition.path, placement, middle, tail, passed)
-        else:
-            spot = _path_spot(seen, addition, placement, passed)
+    def alone(self, kind: str, path: str, module: nn.Module) -> Site:
+        """Return the site of a module that has no place but the one after it."""
+        visit = self.seen.visits[path]
+        if visit.out_shape is None or visit.out_layout is None:
+            raise PlacementUnavailable(
+                f"{path} returns no feature map of a known layout, which attention could follow"
+            )
+        spots: dict[str, Spot] = {}
+        refused: dict[str, str] = {}
         try:
-            if placement == "replace":
-                _check_replaceable(middle)
-            if placement != "post":
-                check_place(*traced(_parent(spot.splice.conv or "")), spot.splice)
+            spots["post"] = post_spot(module, self.seen, path)
         except PlacementUnavailable as error:
-            refused[placement] = str(error)
-        else:
-            spots[placement] = spot
-    return spots, refused
+            refused["post"] = str(error)
+        return self._site(kind, path, module, visit.out_shape, visit.out_layout, spots, refused)
 
-
-def _parent(path: str) -> str:
-    return path.rpartition(".")[0]
-
-
-def _passed(block: nn.Module, seen: Observation, path: str) -> tuple[str, ...]:
-    names = (name for name, _ in block.named_modules() if name)
-    return tuple(name for name in names if seen.visits[f"{path}.{name}"].passed_through)
-
-
-def _path_spot(
-    seen: Observation, addition: Addition, placement: str, passed: tuple[str, ...]
-) -> Spot:
-    """Return the place at an end of a path: its width is that of the block's input or addition."""
-    shape = addition.shape
-    if placement == "pre":
-        shape = seen.visits[addition.path].in_shape or shape
-    splice = Splice(f"attention_{placement}", placement, passed=passed)
-    return Spot(Place(shape[1]), shape, splice)
-
-
-def _conv_spot(
-    path: str, placement: str, conv: Convolution, tail: int, passed: tuple[str, ...]
-) -> Spot:
-    place = Place(conv.out_channels)
-    if placement == "replace":
-        place = Place(conv.out_channels, conv.in_channels, conv.stride, conv.dilation[0])
-    relative = conv.path.removeprefix(f"{path}.")
-    splice = Splice(f"attention_{placement}", placement, relative, tail, passed)
-    return Spot(place, conv.out_shape, splice)
-
-
-def _middle_conv(
-    block: nn.Module, seen: Observation, path: str, traced: Callable[[str], Traced]
-) -> tuple[Convolution, int]:
-    """Return the first convolution of the branch that looks at neighbours, and its tail's length.
-
-    Raises:
-        PlacementUnavailable: the block has none, or calls it more than once.
-    """
-    for conv in _convs_in(seen, path):
-        if max(conv.kernel) == 1:
-            continue
-        relative = conv.path.removeprefix(f"{path}.")
-        graph, anatomy = traced(_parent(relative))
-        node = find_conv(graph, relative)
-        if node is None or anatomy is None or node not in ancestry(anatomy.branch):
-            continue
-
-        def same_shape(name: str) -> bool:
-            visit = seen.visits[f"{path}.{name}"]
-            return visit.in_shape == visit.out_shape
-
-        return conv, find_tail(block, node, same_shape)[1]
-    raise PlacementUnavailable("its branch calls no convolution with a kernel above 1 exactly once")
-
-
-def _check_replaceable(conv: Convolution | None) -> None:
-    """Refuse a convolution whose place a 3x3 of any dilation cannot take."""
-    assert conv is not None  # looked for before
-    if conv.kernel != (3, 3):
-        raise PlacementUnavailable(
-            f"its middle convolution is {conv.kernel[0]}x{conv.kernel[1]}, not 3x3"
+    def _site(
+        self,
+        kind: str,
+        path: str,
+        module: nn.Module,
+        shape: Shape,
+        layout: str,
+        spots: dict[str, Spot],
+        refused: dict[str, str],
+    ) -> Site:
+        known = itertools.chain(self.paths[id(module)])
+        return Site(
+            path=path,
+            kind=kind,
+            layout=layout,
+            channels=shape[channel_axis(layout)],
+            shape=shape,
+            placements=tuple(spots),
+            blocks=tuple(name for name in blocks.names() if _serves(name, spots)),
+            attention=tuple(
+                dict.fromkeys(p for p in self.seen.scalings if f"{p}.".startswith(f"{path}."))
+            ),
+            also=tuple(other for other in known if other != path),
+            refused=refused,
+            spots=spots,
         )
-    if conv.padding != conv.dilation or conv.dilation[0] != conv.dilation[1]:
-        raise PlacementUnavailable("its 3x3 convolution does not pad to the size it reads")
+
+
+def _serves(name: str, spots: Mapping[str, Spot]) -> bool:
+    block = blocks.get(name)
+    return any(
+        placement in block.placements and spot.serves in block.layouts
+        for placement, spot in spots.items()
+    )
 
 
 def _number_stages(sites: list[Site]) -> list[Site]:
-    numbered = []
-    stage = 0
-    size: Shape | None = None
-    for site in sites:
-        here = feature_size(site)
-        if here != size:
-            stage, size = stage + 1, here
-        numbered.append(replace(site, stage=stage))
-    return numbered
+    stages: dict[int, int] = {}
+    for kind in ("residual", "merge", "layer"):
+        number, size = 0, None
+        for i, site in enumerate(sites):
+            if site.kind == kind:
+                here = feature_size(site)
+                if here != size:
+                    number, size = number + 1, here
+                stages[i] = number
+    by_size = {feature_size(s): stages[i] for i, s in enumerate(sites) if s.kind == "residual"}
+    return [
+        replace(site, stage=stages.get(i, by_size.get(feature_size(site), 0)))
+        for i, site in enumerate(sites)
+    ]
 
 
 def feature_size(site: Site) -> Shape:
     """Return the spatial part of a site's shape."""
-    return site.shape[2:] if site.layout.startswith("NC") else site.shape[1:-1]
+    return sizes_in(site.shape, site.layout)

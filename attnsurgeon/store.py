@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import os
+from dataclasses import replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from attnsurgeon.borrow import on_meta
 from attnsurgeon.builder import weights_on_meta
 from attnsurgeon.card import HostCard, card_of, give_card
 from attnsurgeon.checkpoint import check_readable, fit_state, load_state
@@ -18,14 +20,17 @@ from attnsurgeon.errors import (
     BadFile,
     CheckpointMismatch,
     HostUnusable,
+    MissingPackage,
     WeightsUnavailable,
 )
-from attnsurgeon.host import host_names, rebuild_host, recognise
+from attnsurgeon.host import Given, given_host, host_names, host_of
+from attnsurgeon.network import unwrap
 from attnsurgeon.operation import Certificate, certificate_of, give_certificate
 from attnsurgeon.origin import fingerprints, give_origin, origin_of
 from attnsurgeon.outputs import atomic_output
 from attnsurgeon.plan import Plan
 from attnsurgeon.recipe import Recipe
+from attnsurgeon.sources import timm_models, torchvision_models
 from attnsurgeon.surgery import apply_plan, attention_paths, cuts_of, is_new_key, remove_attention
 from attnsurgeon.training.delta import complete, select_moved
 from attnsurgeon.training.stripping import take_gates, ungated
@@ -46,7 +51,7 @@ def save_model(
     """Write an operated network to a safetensors file with its recipe.
 
     The original tensors stand under their original keys, byte for byte. The file is whole or
-    not there; the same model gives the same bytes.
+    not there; the same model gives the same bytes. Of a compiled or parallel one, that inside.
 
     Args:
         model: an operated network, not wrapped.
@@ -60,6 +65,7 @@ def save_model(
         BadOption: `only` is something else.
         OutputRefused: the file cannot be written, or exists and `force` is not given.
     """
+    model, _ = unwrap(model)
     recipe = make_recipe(model)
     state = model.state_dict()
     if only is not None:
@@ -73,14 +79,9 @@ def make_recipe(model: nn.Module) -> Recipe:
     """Return the recipe of an operated network as it stands.
 
     Raises:
-        HostUnusable: the model was not operated on, is wrapped, or its tensors are sharded.
+        HostUnusable: the model was not operated on, or its tensors are sharded.
     """
     cuts = cuts_of(model)
-    if not cuts and attention_paths(model):
-        raise HostUnusable(
-            f"this {type(model).__name__} wraps an operated network; save the network itself, such "
-            "as model.module (of a compiled one model._orig_mod)"
-        )
     if not cuts:
         raise HostUnusable(
             f"this {type(model).__name__} has no attention of attnsurgeon; insert_attention first"
@@ -105,20 +106,21 @@ def make_recipe(model: nn.Module) -> Recipe:
 
 
 def _host_card(model: nn.Module) -> HostCard:
-    """Return the model's card; a torchvision network without one is recognised by its build."""
+    """Return the model's card; a registered network without one is recognised by its build."""
     card = card_of(model) or HostCard(name=None, class_name=type(model).__name__)
     if card.name is None:
-        known = recognise(_bare(model))
+        bare = remove_attention(model)
+        known = torchvision_models.recognise(bare) or timm_models.recognise(bare)
         if known is not None:
-            known = HostCard(**{**known.__dict__, "input_shapes": card.input_shapes})
+            known = replace(
+                known,
+                input_shapes=card.input_shapes,
+                input_dtypes=card.input_dtypes,
+                listed=card.listed,
+            )
             give_card(model, known)
             return known
     return card
-
-
-def _bare(model: nn.Module) -> nn.Module:
-    """Return the network without its attention, its tensors on meta: only its build counts."""
-    return remove_attention(model)
 
 
 def _separate(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -138,7 +140,7 @@ def is_model_file(text: str | os.PathLike[str]) -> bool:
     """Tell whether a MODEL argument is meant as a file rather than as a host's name."""
     path = Path(text)
     is_file = path.suffix == ".safetensors" or path.suffix in DEPLOYED
-    if is_file or str(text) in host_names():
+    if is_file or str(text) in host_names() or path.suffix == ".py":
         return is_file  # a file called like a model is meant as ./resnet50
     try:
         return path.is_file()
@@ -172,39 +174,44 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     return Recipe.loads(metadata[KEY], repr(str(file)))
 
 
-def load_model(path: str | os.PathLike[str], host: nn.Module | None = None) -> nn.Module:
+def load_model(path: str | os.PathLike[str], host: Given | None = None) -> nn.Module:
     """Return the operated network of a file, in eval mode.
 
-    No code of the file is run: its host is looked up in torchvision's registry only.
+    No code is run because the file names it: its host is looked up in torchvision's and timm's
+    registries only, or given again.
 
     Args:
         path: a file of save_model.
-        host: the plain network, where it is one of your own; it is left untouched. For a file of
-            the attention only, the network with the weights that the attention was trained on,
-            unless those are published ones.
+        host: where it is a network of your own: the network (it is left untouched), what returns
+            it with the arguments that the file records, or the text that names that, as
+            `path/to/file.py:factory` or `package.module:factory`. It is checked against the
+            file: class, keys, shapes and kinds of numbers. For a file of the attention only, the
+            network with the weights that the attention was trained on, unless those are
+            published ones.
 
     Raises:
         BadFile: the file is damaged, of a newer format, or its recipe does not fit its tensors.
         HostUnusable: the host is your own and was not given, or another one was given: of
-            another class, or for a file of the attention only with other tensors.
+            another build, or for a file of the attention only with other tensors.
+        MissingPackage: the host is timm's, which is not installed.
     """
     recipe = read_recipe(path)
     source = repr(str(path))
+    host = given_host(recipe.host, host)
+    plain = None if host is None else host_of(recipe.host, host)
     try:
-        state = _read_state(path, recipe, host)
-        _rehearse(host, recipe, state, source)
-        model = _new_host(host, recipe)
+        state = _read_state(path, recipe, plain)
+        _rehearse(plain, recipe, state, source)
+        model = _new_host(plain, host, recipe)
         apply_plan(model, Plan(recipe.cuts))
         take_gates(model, recipe.stripped)
         load_state(model, state, source)
     except SafetensorError as error:
         raise BadFile(f"{source} is damaged: {error}") from error
-    except CheckpointMismatch as error:
-        raise BadFile(f"the recipe of {source} does not fit its tensors: {error}") from error
+    except (HostUnusable, MissingPackage, WeightsUnavailable):
+        raise
     except AttnSurgeonError as error:
-        if isinstance(error, HostUnusable | WeightsUnavailable):
-            raise
-        raise BadFile(f"the recipe of {source} does not fit: {error}") from error
+        raise _unfit(error, source, plain) from error
     give_card(model, recipe.host)
     give_origin(model, {**recipe.sha256, **recipe.origin})
     if recipe.certificate is not None:
@@ -220,8 +227,18 @@ def _read_state(
     return state if recipe.only is None else complete(state, recipe, host, repr(str(path)))
 
 
+def _unfit(error: AttnSurgeonError, source: str, plain: nn.Module | None) -> AttnSurgeonError:
+    """Return what is wrong: the host that was given, or else the file."""
+    if plain is not None:
+        kind = type(plain).__name__
+        return HostUnusable(f"this {kind} is not the one that {source} was made from: {error}")
+    if isinstance(error, CheckpointMismatch):
+        return BadFile(f"the recipe of {source} does not fit its tensors: {error}")
+    return BadFile(f"the recipe of {source} does not fit: {error}")
+
+
 def _rehearse(
-    host: nn.Module | None, recipe: Recipe, state: dict[str, Tensor], source: str
+    plain: nn.Module | None, recipe: Recipe, state: dict[str, Tensor], source: str
 ) -> None:
     """Refuse a recipe that does not fit its tensors before it takes any memory it asks for.
 
@@ -230,8 +247,13 @@ def _rehearse(
         BadFile: the recipe has hashes of other tensors than the original ones.
         AttnSurgeonError: see rebuild_host and apply_plan.
     """
+    if plain is None:
+        with weights_on_meta():
+            model = host_of(recipe.host).to("meta")
+    else:
+        with on_meta(plain):
+            model = copy.deepcopy(plain)
     with weights_on_meta():
-        model = _new_host(host, recipe).to("meta")
         apply_plan(model, Plan(recipe.cuts))
         take_gates(model, recipe.stripped)
     fit_state(model, state, source)
@@ -240,26 +262,25 @@ def _rehearse(
         raise BadFile("its hashes are not those of the original tensors")
 
 
-def _new_host(host: nn.Module | None, recipe: Recipe) -> nn.Module:
-    """Return a plain network to operate on: of the recipe's name, or a copy of the user's own."""
-    if host is None:
-        return rebuild_host(recipe.host)
-    if type(host).__name__ != recipe.host.class_name:
-        raise HostUnusable(
-            f"the file was made from {recipe.host.class_name}, not from {type(host).__name__}"
-        )
-    return copy.deepcopy(host)
+def _new_host(plain: nn.Module | None, given: Given | None, recipe: Recipe) -> nn.Module:
+    """Return a network to operate on: a rebuilt one, one just made, or a copy of the user's."""
+    if plain is None:
+        return host_of(recipe.host)
+    return copy.deepcopy(plain) if isinstance(given, nn.Module) else plain
 
 
-def load_plain(path: str | os.PathLike[str]) -> nn.Module:
+def load_plain(path: str | os.PathLike[str], host: Given | None = None) -> nn.Module:
     """Return the untouched host of a file with its original tensors.
 
     Raises:
-        BadFile, HostUnusable, WeightsUnavailable: see load_model.
+        BadFile, HostUnusable, MissingPackage, WeightsUnavailable: see load_model.
     """
     recipe = read_recipe(path)
-    model = rebuild_host(recipe.host)
+    host = given_host(recipe.host, host)
+    plain = None if host is None else host_of(recipe.host, host)
+    state = _read_state(path, recipe, plain)
+    model = _new_host(plain, host, recipe)
     keys = model.state_dict().keys()
-    state = _read_state(path, recipe, None)
     load_state(model, {k: t for k, t in state.items() if k in keys}, repr(str(path)))
+    give_card(model, recipe.host)
     return model.eval()

@@ -32,8 +32,12 @@ def cuts_of(model: nn.Module) -> tuple[Cut, ...]:
 
 
 def attention_paths(model: nn.Module) -> list[str]:
-    """Return the dotted paths of the attention in a model; every new key begins with one."""
-    return [path for path, module in model.named_modules() if isinstance(module, AttentionBlock)]
+    """Return the dotted paths of the attention in a model; every new key begins with one.
+
+    A module that can be reached by several paths has keys under each of them.
+    """
+    modules = model.named_modules(remove_duplicate=False)
+    return [path for path, module in modules if isinstance(module, AttentionBlock)]
 
 
 def is_new_key(key: str, paths: Iterable[str]) -> bool:
@@ -141,7 +145,9 @@ def build_attention(model: nn.Module, cut: Cut) -> AttentionBlock:
     like = next(
         (p for p in _parameters_near(model, cut.path) if p.is_floating_point()), torch.empty(0)
     )
-    return attention.to(device=like.device, dtype=like.dtype)
+    attention = attention.to(device=like.device, dtype=like.dtype)
+    blocks.try_out(cut.block, attention, cut.place, cut.sizes)
+    return attention
 
 
 def _parameters_near(model: nn.Module, path: str) -> Iterable[torch.Tensor]:

@@ -14,11 +14,13 @@ import copy
 import inspect
 import itertools
 import linecache
+import operator
 import types
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import fx, nn
 
 from attnsurgeon.anatomy import (
@@ -40,6 +42,8 @@ class Splice:
     `conv` is the dotted path of the convolution relative to the block, `tail` how many of the
     steps after it (norm, activation) belong to it. `passed` names the children that hand their
     input through in eval mode (stochastic depth): attention on the branch belongs before them.
+    `layout` is that of the map: attention itself always reads and returns channels second; the
+    first `tokens` of an NLC map (class tokens) go past it.
     """
 
     child: str
@@ -47,6 +51,13 @@ class Splice:
     conv: str | None = None
     tail: int = 0
     passed: tuple[str, ...] = ()
+    layout: str = "NCHW"
+    tokens: int = 0
+
+
+_TO_CHANNELS_SECOND = {"NHWC": (0, 3, 1, 2), "NDHWC": (0, 4, 1, 2, 3), "NLC": (0, 2, 1)}
+_AND_BACK = {"NHWC": (0, 2, 3, 1), "NDHWC": (0, 2, 3, 4, 1), "NLC": (0, 2, 1)}
+"""Orders of the axes for permute; other layouts have their channels second already."""
 
 
 def splices(block: nn.Module) -> tuple[Splice, ...]:
@@ -72,6 +83,23 @@ def check_place(graph: fx.Graph, anatomy: Anatomy | None, splice: Splice) -> Non
     _edge(graph, anatomy, splice)
 
 
+def check_follows(module: nn.Module, splice: Splice) -> None:
+    """Refuse a module that runs all of its children in order, where attention cannot be one more.
+
+    Raises:
+        PlacementUnavailable: it is a sequence on maps whose channels are not second.
+    """
+    if _is_sequence(module) and splice.layout in _TO_CHANNELS_SECOND:
+        raise PlacementUnavailable(
+            f"it is a sequence, and its map is {splice.layout}; name its last module instead"
+        )
+
+
+def _is_sequence(module: nn.Module) -> bool:
+    """Tell whether a module does nothing but run its children one after the other."""
+    return isinstance(module, nn.Sequential) and own_class(module).forward is nn.Sequential.forward
+
+
 def wire(block: nn.Module, wanted: tuple[Splice, ...]) -> None:
     """Give the block a forward in which the attention children of `wanted` are called, in order.
 
@@ -87,6 +115,7 @@ def wire(block: nn.Module, wanted: tuple[Splice, ...]) -> None:
         return
     members = {
         **_forwards(block, wanted),
+        **_without_attention(block),
         "_host_class": host,
         "__deepcopy__": _deepcopy,
         "__reduce_ex__": _reduce,
@@ -123,8 +152,10 @@ def _forwards(block: nn.Module, wanted: tuple[Splice, ...]) -> dict[str, Callabl
     Attention after the block needs no trace: it follows whatever the author's forward does, which
     goes on to read its attributes, draw its random numbers and keep what it keeps.
     """
+    if _is_sequence(block):
+        return {}  # its last child is what follows it
     inside = tuple(splice for splice in wanted if splice.placement != "post")
-    after = [splice.child for splice in wanted if splice.placement == "post"]
+    after = [splice for splice in wanted if splice.placement == "post"]
     own = _spliced_forward(block, inside) if inside else own_class(block).forward
     if not after:
         return {"forward": own}
@@ -136,16 +167,46 @@ def _forwards(block: nn.Module, wanted: tuple[Splice, ...]) -> dict[str, Callabl
     return {"_own_forward": renamed, "forward": _following_forward(own, after, block)}
 
 
+def _without_attention(block: nn.Module) -> dict[str, Callable[..., Any]]:
+    """Return the methods that hide attention from a container whose forward walks its children."""
+    if not isinstance(block, nn.ModuleDict):
+        return {}
+
+    def hosts(self: nn.ModuleDict) -> dict[str, nn.Module]:
+        wired = {splice.child for splice in splices(self)}
+        return {k: m for k, m in self._modules.items() if k not in wired and m is not None}
+
+    return {
+        "items": lambda self: hosts(self).items(),
+        "keys": lambda self: hosts(self).keys(),
+        "values": lambda self: hosts(self).values(),
+        "__iter__": lambda self: iter(hosts(self)),
+        "__len__": lambda self: len(hosts(self)),
+    }
+
+
 def _following_forward(
-    own: Callable[..., Any], children: list[str], block: nn.Module
+    own: Callable[..., Any], after: list[Splice], block: nn.Module
 ) -> Callable[..., Any]:
     """Return a forward that runs the block's own, then attention; with its plain parameters."""
     parameters = list(inspect.signature(own).parameters.values())[1:]
     plain = all(p.kind is p.POSITIONAL_OR_KEYWORD and p.default is p.empty for p in parameters)
     names = ", ".join(p.name for p in parameters) if plain else "*args, **kwargs"
     lines = [f"def forward(self, {names}):", f"    out = self._own_forward({names})"]
-    lines += [f"    out = self.{child}(out)" for child in children]
-    return _compile("\n".join([*lines, "    return out", ""]), {}, own_class(block).__name__)
+    lines += [f"    out = {_call_in_layout(splice)}" for splice in after]
+    source = "\n".join([*lines, "    return out", ""])
+    return _compile(source, {"torch": torch}, own_class(block).__name__)
+
+
+def _call_in_layout(splice: Splice) -> str:
+    """Return the expression that runs attention on `out`, channels second."""
+    if splice.layout not in _TO_CHANNELS_SECOND:
+        return f"self.{splice.child}(out)"
+    there = ", ".join(map(str, _TO_CHANNELS_SECOND[splice.layout]))
+    back = ", ".join(map(str, _AND_BACK[splice.layout]))
+    cut = f"[:, {splice.tokens}:]" if splice.tokens else ""
+    call = f"self.{splice.child}(out{cut}.permute({there})).permute({back})"
+    return f"torch.cat((out[:, :{splice.tokens}], {call}), 1)" if splice.tokens else call
 
 
 def _spliced_forward(block: nn.Module, wanted: tuple[Splice, ...]) -> Callable[..., Any]:
@@ -159,13 +220,28 @@ def _spliced_forward(block: nn.Module, wanted: tuple[Splice, ...]) -> Callable[.
         key = (edge.start, edge.ends)
         current = reached.get(key, edge.start)
         with graph.inserting_before(min(edge.ends, key=order.__getitem__)):
-            args = (current,) if edge.beside is None else (edge.beside, current)
-            attended = graph.call_module(splice.child, args)
+            attended = _emit(graph, splice, current, edge.beside)
         for end in edge.ends:
             end.replace_input_with(current, attended)
         reached[key] = attended
     code = graph.python_code("self")
     return _compile(code.src, code.globals, own_class(block).__name__)
+
+
+def _emit(graph: fx.Graph, splice: Splice, value: fx.Node, beside: fx.Node | None) -> fx.Node:
+    """Add the call of one attention to the graph, channels second; return what comes out."""
+    if beside is not None:
+        return graph.call_module(splice.child, (beside, value))
+    if splice.layout not in _TO_CHANNELS_SECOND:
+        return graph.call_module(splice.child, (value,))
+    tokens = None
+    if splice.tokens:
+        parts = graph.call_method("tensor_split", (value, [splice.tokens], 1))
+        tokens, value = (graph.call_function(operator.getitem, (parts, i)) for i in (0, 1))
+    seen = graph.call_method("permute", (value, *_TO_CHANNELS_SECOND[splice.layout]))
+    mapped = graph.call_module(splice.child, (seen,))
+    out = graph.call_method("permute", (mapped, *_AND_BACK[splice.layout]))
+    return out if tokens is None else graph.call_function(torch.cat, ((tokens, out), 1))
 
 
 def _edge(graph: fx.Graph, anatomy: Anatomy | None, splice: Splice) -> _Edge:

@@ -58,7 +58,7 @@ class TestNames:
     def test_unknown_weights_are_refused_before_anything_is_built(
         self, refused, monkeypatch, weights, dry
     ):
-        monkeypatch.setattr("attnsurgeon.job.open_model", None)
+        monkeypatch.setattr("attnsurgeon.job.open_target", None)
         args = ("insert", "resnet18", "--block", "se", "--weights", weights, *dry)
         refused(*args, says=[weights, "IMAGENET1K_V1'?", "--weights none"])
 
@@ -568,8 +568,8 @@ class TestCheckpoints:
                 ["5 unexpected (x0, x1, x2, ...)"],
             ),
             (
-                lambda: {f"module.{key}": t for key, t in digits.read_weights().items()},
-                ["0 of", "missing (features.0", "unexpected (module.features.0"],
+                lambda: {f"net.{key}": t for key, t in digits.read_weights().items()},
+                ["0 of", "missing (features.0", "unexpected (net.features.0"],
             ),
             (
                 lambda: _changed(classifier__1__bias=torch.zeros(7)),
@@ -711,7 +711,7 @@ class TestInterrupt:
             except KeyboardInterrupt as interrupt:  # as an import of compiled code does
                 raise ImportError("initialization failed") from interrupt
 
-        monkeypatch.setattr("attnsurgeon.job.open_model", fail)
+        monkeypatch.setattr("attnsurgeon.job.open_target", fail)
         outcome = run(*DIGITS)
         assert (outcome.code, outcome.error) == (
             130,

@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from attnsurgeon import blocks
 from attnsurgeon.errors import BadOption, UnknownName
 from attnsurgeon.export.torchscript import make_torchscript
 from attnsurgeon.gate import Gate, named_gates
+from tests.published import FORMS, PUBLISHED
 
 CHANNELS = 32
 
@@ -32,84 +32,56 @@ def opened(block, value=1.0):
     return block
 
 
-def published_se(block, x):
-    """Equations 2 to 4 of arXiv:1709.01507, with matrix products."""
-    z = x.mean((2, 3))
-    w1, w2 = block.squeeze, block.excite
-    s = torch.sigmoid(
-        F.linear(
-            F.relu(F.linear(z, w1.weight[:, :, 0, 0], w1.bias)), w2.weight[:, :, 0, 0], w2.bias
-        )
-    )
-    return x * s[:, :, None, None]
+def settled(block):
+    """Give norms statistics and weights of their own, as training would."""
+    generator = torch.Generator().manual_seed(11)
+    for module in block.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for tensor in module.state_dict().values():
+                if tensor.is_floating_point():
+                    tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
+    return block
 
 
-def published_cbam(block, x):
-    """Equations 1 to 3 of arXiv:1807.06521, in the order of the released code."""
-    first, _, last = block.channel.mlp
-
-    def mlp(v):
-        hidden = F.relu(F.linear(v, first.weight[:, :, 0, 0], first.bias))
-        return F.linear(hidden, last.weight[:, :, 0, 0], last.bias)
-
-    pooled = mlp(F.adaptive_avg_pool2d(x, 1)[:, :, 0, 0])
-    pooled = pooled + mlp(F.adaptive_max_pool2d(x, 1)[:, :, 0, 0])
-    x1 = x * torch.sigmoid(pooled)[:, :, None, None]
-    both = torch.stack((x1.max(1).values, x1.mean(1)), 1)
-    norm = block.spatial.map.norm
-    logits = F.conv2d(both, block.spatial.map.conv.weight, padding=3)
-    logits = F.batch_norm(logits, norm.running_mean, norm.running_var, norm.weight, norm.bias)
-    return x1 * torch.sigmoid(logits)
+def test_every_block_is_held_against_its_paper():
+    assert sorted(PUBLISHED) == blocks.names()
 
 
-def published_sk(block, x):
-    """Equations 1 to 6 of arXiv:1903.06586, with x itself as the first branch."""
-    conv, norm, _ = block.paths[0]
-    u1 = F.conv2d(x, conv.weight, padding=2, dilation=2, groups=32)
-    u1 = F.relu(F.batch_norm(u1, norm.running_mean, norm.running_var, norm.weight, norm.bias))
-    s = (x + u1).mean((2, 3))
-    z = F.linear(s, block.squeeze.weight[:, :, 0, 0])
-    n = block.norm
-    z = F.relu(F.batch_norm(z, n.running_mean, n.running_var, n.weight, n.bias))
-    logits = F.linear(z, block.select.weight[:, :, 0, 0]).view(x.shape[0], 2, -1)
-    a, b = torch.softmax(logits, 1).unbind(1)
-    return a[:, :, None, None] * x + b[:, :, None, None] * u1
-
-
-def published_gc(block, x):
-    """Equation 6 of arXiv:1904.11492."""
-    n, c = x.shape[:2]
-    flat = x.view(n, c, -1)
-    key = block.pool.mask
-    alpha = torch.softmax((key.weight.view(1, c) @ flat) + key.bias, 2)
-    context = (flat * alpha).sum(2)
-    first, norm, _, last = block.fuse[0].transform
-    hidden = F.linear(context, first.weight[:, :, 0, 0], first.bias)
-    hidden = F.layer_norm(hidden, hidden.shape[1:], norm.weight.view(-1), norm.bias.view(-1))
-    return x + F.linear(F.relu(hidden), last.weight[:, :, 0, 0], last.bias)[:, :, None, None]
-
-
-PUBLISHED = {
-    "se": published_se,
-    "cbam": published_cbam,
-    "sk": published_sk,
-    "gc": published_gc,
-}
-
-
-@pytest.mark.parametrize("name", blocks.names())
+@pytest.mark.parametrize(("name", "options"), FORMS)
 class TestPublished:
-    def test_at_one_it_is_the_published_block(self, name):
-        block, x = opened(build(name)), features()
-        expected = PUBLISHED[name](block, x)
+    def test_at_one_it_is_the_published_block(self, name, options):
+        block, x = settled(opened(build(name, **options))), features()
+        expected = PUBLISHED[name](block, x, **options)
         # Another order of the same sums: float32 rounding.
         torch.testing.assert_close(block(x), expected, rtol=1e-5, atol=1e-5)
         assert not torch.allclose(expected, x, atol=1e-2)
 
-    def test_the_reference_has_teeth(self, name):
-        block, x = opened(build(name), 0.9), features()
-        assert not torch.allclose(block(x), PUBLISHED[name](block, x), rtol=1e-5, atol=1e-5)
+    def test_the_reference_has_teeth(self, name, options):
+        block, x = settled(opened(build(name, **options), 0.9)), features()
+        expected = PUBLISHED[name](block, x, **options)
+        assert not torch.allclose(block(x), expected, rtol=1e-5, atol=1e-5)
 
+
+@pytest.mark.parametrize(("name", "options"), FORMS)
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float16, 3e4), (torch.bfloat16, 1e12), (torch.float32, 1e15)]
+)
+def test_a_closed_map_of_large_features_is_no_nan(name, options, dtype, size):
+    x = (features() / 3 * size).clamp(-2 * size, 2 * size).to(dtype)
+    assert x.isfinite().all()
+    block = build(name, **options).to(dtype)
+    assert torch.equal(block(x), x)
+    assert torch.equal(block(x.abs()), x.abs())
+
+
+def wide(name, **options):
+    """Two hidden units, as by default at this width, could both be off for every image."""
+    takes = "reduction" in blocks.option_types(name) and name != "sk"
+    return build(name, **{**({"reduction": 2} if takes else {}), **options})
+
+
+@pytest.mark.parametrize("name", blocks.names())
+class TestEveryBlock:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
     def test_at_zero_it_is_nothing(self, name, dtype):
         block, x = build(name).to(dtype), features().to(dtype)
@@ -129,8 +101,7 @@ class TestPublished:
             assert torch.equal(build(name)(half), half)
 
     def test_gates_learn_at_once_and_everything_behind_them_next(self, name):
-        # Two hidden units, as by default here, could both be off for every image.
-        block, x = build(name, reduction=2).train(), features().requires_grad_()
+        block, x = wide(name).train(), features().requires_grad_()
         block(x).square().sum().backward()
         gates = {id(gate) for gate in named_gates(block).values()}
         assert all(
@@ -155,7 +126,7 @@ class TestPublished:
 
 def _is_shifted_away(name, parameter):
     """A constant added to all logits of a softmax changes nothing: its gradient is exactly 0."""
-    return name == "gc" and parameter == "pool.mask.bias"
+    return (name, parameter) in {("gc", "pool.mask.bias"), ("snl", "pool.mask.bias")}
 
 
 OPTIONS = [
@@ -183,16 +154,47 @@ OPTIONS = [
     ("gc", {"pooling": "avg"}),
     ("gc", {"fusion": ("channel_mul",)}),
     ("gc", {"fusion": ("channel_mul", "channel_add")}),
+    ("snl", {"bias": False}),
+    ("nonlocal", {"reduction": 4}),
+    ("nonlocal", {"ratio": 0.25}),
+    ("nonlocal", {"pairwise": "dot_product"}),
+    ("nonlocal", {"subsample": True}),
+    ("nonlocal", {"norm": True}),
+    ("eca", {"kernel_size": 5}),
+    ("eca", {"gamma": 1.0}),
+    ("eca", {"beta": 3.0}),
+    ("ese", {"bias": False}),
+    ("ese", {"scale_activation": "hardsigmoid"}),
+    ("bam", {"reduction": 4}),
+    ("bam", {"ratio": 0.25}),
+    ("bam", {"dilation": 2}),
+    ("bam", {"form": "released"}),
+    ("bam", {"norm": "layer"}),
+    ("scse", {"reduction": 4}),
+    ("scse", {"ratio": 0.25}),
+    ("scse", {"fusion": "max"}),
+    ("ge", {"extent": 4}),
+    ("ge", {"extra_params": True}),
+    ("ge", {"mlp": False}),
+    ("ge", {"reduction": 4}),
+    ("ge", {"ratio": 0.25}),
+    ("coord", {"reduction": 4, "min_width": 4}),
+    ("coord", {"ratio": 0.25}),
+    ("coord", {"min_width": 20}),
+    ("coord", {"activation": "relu"}),
+    ("simam", {"regularizer": 0.5}),
+    ("triplet", {"kernel_size": 3}),
+    ("triplet", {"no_spatial": True}),
 ]
 
 
 @pytest.mark.parametrize(("name", "options"), OPTIONS)
 def test_every_option_changes_something(name, options):
     x = features()
-    # Two hidden units, as by default at this width, could both be off for every image.
-    wide = {} if name == "sk" else {"reduction": 2}
-    plain, changed = build(name, **wide), build(name, **{**wide, **options})
+    base = {"extent": 2} if "extra_params" in options else {"mlp": True} if name == "ge" else {}
+    plain, changed = wide(name, **base), wide(name, **{**base, **options})
     assert torch.equal(changed(x), x)
+    settled(changed), settled(plain)
     assert not torch.allclose(opened(changed)(x), opened(plain)(x), atol=1e-4)
     assert torch.equal(make_torchscript(changed, (x,))(x), changed(x))
 
@@ -222,6 +224,24 @@ def test_no_option_is_left_out():
         ("sk", "stride", "2", UnknownName),
         ("gc", "pooling", "max", BadOption),
         ("gc", "fusion", "", BadOption),
+        ("snl", "reduction", "4", UnknownName),
+        ("nonlocal", "pairwise", "gaussian", BadOption),
+        ("nonlocal", "reduction", "0", BadOption),
+        ("eca", "kernel_size", "2", BadOption),
+        ("eca", "gamma", "0", BadOption),
+        ("eca", "beta", "inf", BadOption),
+        ("ese", "scale_activation", "tanh", BadOption),
+        ("bam", "dilation", "0", BadOption),
+        ("bam", "form", "official", BadOption),
+        ("bam", "norm", "group", BadOption),
+        ("scse", "fusion", "mean", BadOption),
+        ("ge", "extent", "3", BadOption),
+        ("ge", "extra_params", "true", BadOption),
+        ("coord", "min_width", "0", BadOption),
+        ("coord", "activation", "swish", BadOption),
+        ("simam", "regularizer", "0", BadOption),
+        ("triplet", "kernel_size", "6", BadOption),
+        ("triplet", "dims", "3", UnknownName),
     ],
 )
 def test_a_bad_option_is_refused(name, option, value, error):
@@ -256,6 +276,29 @@ class TestGate:
     def test_the_map_is_cast_to_the_features(self):
         mixed = Gate()(torch.rand(2, 8, 1, 1), features(8).half())
         assert mixed.dtype == torch.float16
+
+
+def test_squares_that_overflow_are_no_nan():
+    block, x = build("simam"), features() * 1e25
+    assert torch.equal(block(x), x)
+    assert opened(block)(x).isfinite().all()
+
+
+def test_each_half_of_scse_can_be_opened_alone():
+    block, x = build("scse"), features()
+    nn.init.ones_(block.channel_gate.openness)
+    channel = block.channel(x.mean((2, 3), keepdim=True))
+    assert torch.equal(block(x), x * channel)
+    nn.init.zeros_(block.channel_gate.openness)
+    nn.init.ones_(block.spatial_gate.openness)
+    assert torch.equal(block(x), x * block.spatial(x))
+
+
+@pytest.mark.parametrize(
+    ("channels", "k"), [(1, 1), (8, 3), (64, 3), (128, 5), (256, 5), (2048, 7)]
+)
+def test_the_kernel_of_eca_grows_with_the_width(channels, k):
+    assert blocks.get("eca")(channels).conv.kernel_size == (k, 1)
 
 
 class TestSelectiveKernel:

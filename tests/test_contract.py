@@ -1,4 +1,4 @@
-"""The contract of every block at every placement in every host; a new one is tested by existing."""
+"""The contract of the blocks at their placements in the hosts; a new one is tested by existing."""
 
 import copy
 import functools
@@ -9,8 +9,8 @@ import torch
 import attnsurgeon
 from attnsurgeon import blocks
 from attnsurgeon.errors import IdentityBroken, PlacementUnavailable
-from attnsurgeon.operation import certificate_of
-from attnsurgeon.plan import make_plan
+from attnsurgeon.operation import certificate_of, operate
+from attnsurgeon.plan import Plan, make_plan
 from attnsurgeon.sites import PLACEMENTS
 from attnsurgeon.store import load_model, save_model
 from attnsurgeon.surgery import apply_plan, attention_paths, cuts_of, is_new_key
@@ -20,11 +20,29 @@ from tests import hosts
 EXAMPLE = torch.zeros(1, 3, 64, 64)
 BATCHES = [hosts.image(2), hosts.image(3, (96, 64))]
 
+FULL = ("cbam", "gc", "se", "sk")
+"""Run at every placement of every host; between them they multiply, add, normalise and replace."""
+OTHERS = [block for block in blocks.names() if block not in FULL]
+"""The wiring does not know them apart from those, so a small host takes two of them with all
+their placements at once, and a second host all of them, each at one placement."""
 CASES = [
     (name, block, placement)
     for name in hosts.NAMES
-    for block in blocks.names()
+    for block in FULL
     for placement in blocks.get(block).placements
+]
+MORE = [
+    *(
+        ("resnet18", [(block, place) for block in pair for place in blocks.get(block).placements])
+        for pair in zip(OTHERS[::2], [*OTHERS[1::2], OTHERS[0]], strict=False)
+    ),
+    (
+        "mobilenet_v2",
+        [
+            (block, blocks.get(block).placements[i % len(blocks.get(block).placements)])
+            for i, block in enumerate(OTHERS)
+        ],
+    ),
 ]
 
 
@@ -45,7 +63,44 @@ def test_contract(name, block, placement, tmp_path):
         return
     before = {key: tensor.clone() for key, tensor in host.state_dict().items()}
     operated = attnsurgeon.insert_attention(host, block, placement=placement, example=EXAMPLE)
+    hold_to_the_contract(host, before, operated, tmp_path)
 
+
+def _told(value):
+    """Return a case's blocks as its name in the report of the tests."""
+    return None if isinstance(value, str) else "+".join(dict.fromkeys(block for block, _ in value))
+
+
+@pytest.mark.parametrize(("name", "wanted"), MORE, ids=_told)
+def test_contract_of_the_others(name, wanted, tmp_path):
+    """Put each of these blocks at its placement, in turn over the sites of one network."""
+    host, sites = hosts.host(name), hosts.sites(name)
+    before = {key: tensor.clone() for key, tensor in host.state_dict().items()}
+    operated = copy.deepcopy(host)
+    for i, (block, placement) in enumerate(wanted):
+        paths = [site.path for site in sites if placement in site.placements]
+        at = paths[i % len(paths)]
+        apply_plan(operated, make_plan(operated, sites, block, at=at, placement=placement))
+    plan = Plan(cuts_of(operated))
+    assert [(cut.block, cut.placement) for cut in plan.cuts] == wanted
+    operated = copy.deepcopy(host)
+    operate(operated, plan, (EXAMPLE,))
+    hold_to_the_contract(host, before, operated, tmp_path)
+
+
+def test_each_of_the_others_is_tried_twice():
+    tried = [case for name, wanted in MORE for case in wanted]
+    assert {block for block, _ in tried} == set(OTHERS)
+    for block in OTHERS:
+        count = len(blocks.get(block).placements)
+        assert set(blocks.get(block).placements) <= {
+            p for b, p in tried[: -len(OTHERS)] if b == block
+        }
+        assert sum(b == block for b, _ in tried) > count
+
+
+def hold_to_the_contract(host, before, operated, tmp_path):
+    """Check everything that is promised of an operated network; `before` is the host's state."""
     # exact, in eval and train mode, and the given model untouched
     verdict = verify_unchanged(host, operated, BATCHES)
     assert verdict.exact, verdict.differences
@@ -97,7 +152,10 @@ def test_the_cases_are_not_empty():
 @pytest.mark.parametrize("suffix", [".onnx", ".pt"])
 @pytest.mark.parametrize("name", hosts.NAMES)
 def test_exported(name, suffix, tmp_path):
-    """Export a host with every block at every placement it has, each at sites of its own."""
+    """Export a host with FULL at every placement it has, each at sites of its own.
+
+    The others are exported by themselves, with opened gates: see test_blocks_dims.
+    """
     operated = mixture(name)
     made = {(cut.block, cut.placement) for cut in cuts_of(operated)}
     assert made == {case[1:] for case in CASES if case[0] == name and hosts.offers(*case)}
@@ -112,11 +170,11 @@ def test_exported(name, suffix, tmp_path):
 
 @functools.cache
 def mixture(name):
-    """Put every block at every placement, in turn over the sites, so that one export has all."""
+    """Put those blocks at every placement, in turn over the sites, so that one export has all."""
     host, sites = hosts.host(name), hosts.sites(name)
     operated = copy.deepcopy(host)
     for placement in PLACEMENTS:
-        able = [block for block in blocks.names() if hosts.offers(name, block, placement)]
+        able = [block for block in FULL if hosts.offers(name, block, placement)]
         offering = [site.path for site in sites if placement in site.placements]
         for i, block in enumerate(able):
             # A few sites each: the attention is what is on trial, and large graphs take long.

@@ -46,11 +46,24 @@ def formula(block, c, *, r=16, k=7, m=2, g=32, low=32):
     """Return the parameters that the paper's formula gives."""
     d = max(c // r, low)
     p = c // r
+    near = 3 * c * p + 18 * p * p + 5 * p + 3 * c + 3
+    rows = max(c // 32, 8)
+    odd = {64: 3, 256: 5, 2048: 7}  # of equation 12 of ECA
     return {
         "se": 2 * c * c // r + c // r + c,
         "cbam": 2 * c * c // r + c // r + c + 2 * k * k + 2,
         "gc": 2 * c * p + 3 * p + 2 * c + 1,
         "sk": (m - 1) * (9 * c * c // g + 2 * c) + c * d + 2 * d + m * d * c,
+        "nonlocal": 2 * c * c + 5 * c // 2,
+        "snl": c * c + 2 * c + 1,
+        "eca": odd[c],
+        "ese": c * c + c,
+        "bam": near,
+        "scse": c * c + c // 2 + 2 * c + 1,
+        "ge": 0,
+        "coord": 3 * c * rows + 3 * rows + 2 * c,
+        "simam": 0,
+        "triplet": 6 * k * k + 6,
     }[block]
 
 

@@ -16,8 +16,10 @@ from attnsurgeon.errors import (
     PlacementUnavailable,
     UnknownName,
 )
+from attnsurgeon.host import load_host
 from attnsurgeon.plan import make_plan, select_sites
 from attnsurgeon.sites import find_sites
+from attnsurgeon.surgery import attention_paths, cuts_of, is_new_key
 from tests import hosts
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)
@@ -233,7 +235,7 @@ def test_an_operated_network_shows_its_hosts_sites(name):
     ],
 )
 def test_known_networks(name, count, stages):
-    sites = hosts.sites(name)
+    sites = [site for site in hosts.sites(name) if site.kind == "residual"]
     assert len(sites) == count
     assert sites[-1].stage == stages
     assert [s.stage for s in sites] == sorted(s.stage for s in sites)
@@ -245,15 +247,151 @@ def test_every_residual_addition_of_torchvisions_class_is_a_site():
     assert [site.path for site in hosts.sites("resnet50")] == blocks
 
 
-def test_other_layouts_are_shown_and_refused():
-    from attnsurgeon.host import load_host
+class TestOtherKinds:
+    """Merges, plain blocks, named layers; tokens, channels last, clips."""
 
-    vit = load_host("vit_b_16", weights="none")
-    sites = find_sites(vit)
-    assert {s.layout for s in sites} == {"NLC"}
-    assert {s.blocks for s in sites} == {()}
-    with pytest.raises(PlacementUnavailable, match="NLC"):
-        make_plan(vit, sites, "se")
+    def test_a_sequence_of_tokens(self):
+        vit = load_host("vit_b_16", weights="none", arguments={"image_size": 32})
+        sites = find_sites(vit)
+        assert {(s.kind, s.layout, s.shape) for s in sites} == {("residual", "NLC", (1, 5, 768))}
+        assert all({"se", "gc"} <= set(s.blocks) for s in sites[:-1])
+        assert not {"cbam", "sk"} & {name for s in sites for name in s.blocks}
+        assert "class token" in sites[-1].refused["post"]
+        with pytest.raises(PlacementUnavailable, match="cbam cannot serve .* NLC"):
+            make_plan(vit, sites, "cbam")
+
+    def test_class_tokens_are_left_alone(self):
+        vit = load_host("vit_b_16", weights="none", arguments={"image_size": 32})
+        path = "encoder.layers.encoder_layer_3"
+        operated = attnsurgeon.insert_attention(vit, "se", at=path)
+        attention = operated.get_submodule(f"{path}.attention_post")
+        seen = []
+        attention.register_forward_hook(lambda module, args, out: seen.append(args[0].shape))
+        block, tokens = operated.get_submodule(path), torch.randn(2, 5, 768)
+        with torch.no_grad():
+            closed = block(tokens)
+            next(iter(attnsurgeon.gates(operated).values())).fill_(1.0)
+            opened = block(tokens)
+        assert seen == [(2, 768, 4)] * 2
+        assert torch.equal(opened[:, :1], closed[:, :1])
+        assert not torch.equal(opened[:, 1:], closed[:, 1:])
+
+    def test_channels_last(self):
+        swin = load_host("swin_t", weights="none")
+        operated = attnsurgeon.insert_attention(swin, "cbam", placement="standard", at="*.1.0")
+        (cut,) = cuts_of(operated)
+        assert cut.sizes == (56, 56)
+        assert cut.place.channels == 96
+        assert operated.features[1][0].attention_standard.channel.mlp[0].in_channels == 96
+
+    def test_windows_are_no_map(self):
+        sites = {site.path: site for site in find_sites(load_host("maxvit_t", weights="none"))}
+        windowed = sites["blocks.0.layers.0.layers.window_attention"]
+        assert windowed.layout == "NCHW"
+        assert windowed.spots["post"].serves == "NCHW"
+        assert windowed.spots["standard"].serves == "NLC"
+
+    def test_merges_are_taken_where_nothing_is_residual(self):
+        squeezed = load_host("squeezenet1_1", weights="none")
+        operated = attnsurgeon.insert_attention(squeezed, "se")
+        assert {site.kind for site in find_sites(squeezed)} == {"merge"}
+        assert len(cuts_of(operated)) == 8
+
+    def test_a_container_that_walks_its_children_does_not_meet_the_attention(self):
+        dense = load_host("densenet121", weights="none")
+        operated = attnsurgeon.insert_attention(dense, "se", at="features.denseblock1")
+        block = operated.features.denseblock1
+        assert len(block) == 6
+        assert "attention_post" not in dict(block.items())
+        assert any("attention_post" in key for key in operated.state_dict())
+
+    def test_a_sequence_runs_what_follows_it_once(self):
+        host = OwnNet().eval()
+        operated = attnsurgeon.insert_attention(host, "se", at="trunk", example=EXAMPLE)
+        calls = []
+        operated.trunk.attention_post.register_forward_hook(lambda *args: calls.append(1))
+        image = torch.randn(2, 3, 32, 32)
+        assert torch.equal(operated(image), host(image))
+        assert len(calls) == 1
+
+    def test_plain_blocks_are_chosen_by_kind_or_name_only(self):
+        host, sites = hosts.host("mobilenet_v2"), hosts.sites("mobilenet_v2")
+        plain = [site.path for site in sites if site.kind == "plain"]
+        assert plain == [f"features.{i}" for i in (1, 2, 4, 7, 11, 14, 17)]
+        assert not set(plain) & {cut.path for cut in make_plan(host, sites, "se").cuts}
+        chosen = make_plan(host, sites, "se", kind="plain")
+        assert [cut.path for cut in chosen.cuts] == plain
+        by_name = make_plan(host, sites, "se", at=["features.2", "features.3"])
+        assert [cut.path for cut in by_name.cuts] == ["features.2", "features.3"]
+        with pytest.raises(PatternUnmatched, match="none of the 10 sites"):
+            select_sites(sites, at="features.[2]")
+
+    def test_layers_are_what_is_named(self):
+        host = hosts.host("resnet18")
+        operated = attnsurgeon.insert_attention(
+            host, "gc", at=["maxpool", "layer2.0.conv1"], example=torch.zeros(1, 3, 64, 64)
+        )
+        assert [cut.path for cut in cuts_of(operated)] == ["maxpool", "layer2.0.conv1"]
+        by_pattern = attnsurgeon.insert_attention(
+            host, "se", at="layer4.*.bn2", kind="layer", example=torch.zeros(1, 3, 64, 64)
+        )
+        assert [cut.path for cut in cuts_of(by_pattern)] == ["layer4.0.bn2", "layer4.1.bn2"]
+        with pytest.raises(PlacementUnavailable, match="no feature map"):
+            attnsurgeon.insert_attention(host, "se", at="fc")
+        with pytest.raises(PlacementUnavailable, match="different widths"):
+            attnsurgeon.insert_attention(hosts.host("resnet50"), "se", at="layer1.0.relu")
+
+    def test_activations_are_offered_where_nothing_joins(self):
+        vgg = load_host("vgg11", weights="none")
+        sites = find_sites(vgg)
+        assert {site.kind for site in sites} == {"layer"}
+        assert len(sites) == 8
+        operated = attnsurgeon.insert_attention(vgg, "se", kind="layer", stage=5)
+        assert len(cuts_of(operated)) == 2
+
+    def test_unknown_kind(self):
+        with pytest.raises(UnknownName, match="did you mean 'merge'"):
+            make_plan(hosts.host("resnet18"), hosts.sites("resnet18"), "se", kind="merges")
+
+    def test_attention_that_is_there_is_said(self):
+        sites = hosts.sites("efficientnet_b0")
+        assert all(site.attention for site in sites)
+        plan = make_plan(hosts.host("efficientnet_b0"), sites, "se")
+        assert plan.attended == tuple(cut.path for cut in plan.cuts)
+        assert not any(site.attention for site in hosts.sites("resnet18"))
+
+    def test_a_module_with_two_paths_is_one_site(self):
+        host = Shared().eval()
+        sites = find_sites(host, EXAMPLE)
+        assert [(site.path, set(site.also)) for site in sites] == [
+            ("trunk.0", {"trunk.1", "features.1.0", "features.1.1"})
+        ]
+        operated = attnsurgeon.insert_attention(host, "se", at="features.1.1", example=EXAMPLE)
+        state, original = operated.state_dict(), host.state_dict()
+        paths = attention_paths(operated)
+        assert [key for key in state if not is_new_key(key, paths)] == list(original)
+
+    def test_two_scales_that_are_added_are_no_block(self):
+        class Pyramid(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.up, self.down = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+
+            def forward(self, fine, coarse):
+                return self.down(fine) + nn.functional.interpolate(
+                    self.up(coarse), scale_factor=2.0
+                )
+
+        class Network(OwnNet):
+            def __init__(self):
+                super().__init__()
+                self.pyramid = Pyramid()
+
+            def forward(self, x):
+                fine = self.trunk[0](self.stem(x))
+                return self.pyramid(fine, nn.functional.avg_pool2d(fine, 2))
+
+        assert [site.path for site in find_sites(Network(), EXAMPLE)] == ["trunk.0"]
 
 
 class TestChoosing:
@@ -291,7 +429,7 @@ class TestChoosing:
     def test_sites_without_the_placement_are_skipped_with_the_reason(self):
         host, sites = hosts.host("efficientnet_b0"), hosts.sites("efficientnet_b0")
         plan = make_plan(host, sites, "sk", placement="replace")
-        assert len(plan.cuts) + len(plan.skipped) == len(sites)
+        assert len(plan.cuts) + len(plan.skipped) == sum(s.kind == "residual" for s in sites)
         assert all("5x5, not 3x3" in reason for reason in plan.skipped.values())
         named = next(iter(plan.skipped))
         with pytest.raises(PlacementUnavailable, match="5x5, not 3x3"):
@@ -304,8 +442,6 @@ class TestChoosing:
 
 def test_the_card_of_a_host_gives_the_example(tmp_path):
     """Nobody has to say that digits are 32 px: not at insertion, not after loading."""
-    from attnsurgeon.host import load_host
-
     operated = attnsurgeon.insert_attention(load_host("digits"), "se")
     attnsurgeon.save_model(operated, tmp_path / "x.safetensors")
     loaded = attnsurgeon.load_model(tmp_path / "x.safetensors")
@@ -420,17 +556,22 @@ def test_a_forward_set_on_the_object_is_refused():
 
 
 class TestUnusable:
+    def test_nothing_that_attention_could_follow(self):
+        with pytest.raises(NoSites, match="has no site"):
+            find_sites(nn.Sequential(nn.Flatten(), nn.Linear(12, 4)), torch.zeros(1, 3, 2, 2))
+
     def test_no_residual_block(self):
         plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU())
-        with pytest.raises(NoSites, match="no residual block"):
-            find_sites(plain)
+        assert [(site.path, site.kind) for site in find_sites(plain)] == [("1", "layer")]
+        with pytest.raises(NoSites, match="no residual block .* --kind layer"):
+            attnsurgeon.insert_attention(plain, "se")
 
     def test_wrong_input(self):
         with pytest.raises(HostUnusable, match=r"\(1, 4, 32, 32\)"):
             find_sites(OwnNet(), torch.zeros(1, 4, 32, 32))
 
     def test_wrapped(self):
-        with pytest.raises(HostUnusable, match="model.module"):
-            find_sites(nn.DataParallel(OwnNet()))
-        with pytest.raises(HostUnusable, match="model._orig_mod"):
-            find_sites(torch.compile(OwnNet(), backend="eager"))
+        paths = [site.path for site in find_sites(OwnNet(), EXAMPLE)]
+        assert [site.path for site in find_sites(nn.DataParallel(OwnNet()), EXAMPLE)] == paths
+        compiled = torch.compile(OwnNet(), backend="eager")
+        assert [site.path for site in find_sites(compiled, EXAMPLE)] == paths

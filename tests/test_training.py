@@ -431,7 +431,7 @@ class TestAttentionOnly:
         says = r"1 of \d+ tensors are not those .* the first features.0.0.weight"
         with pytest.raises(HostUnusable, match=says):
             attnsurgeon.load_model(file, other)
-        with pytest.raises(HostUnusable, match="another host"):
+        with pytest.raises(HostUnusable, match="not from ResNet"):
             attnsurgeon.load_model(file, load_host("resnet18", weights="none"))
 
     def test_a_host_that_was_trained_too(self, model, tmp_path):

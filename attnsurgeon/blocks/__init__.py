@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 import pkgutil
-import types
+import re
 import typing
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+from attnsurgeon.blocks import own
 from attnsurgeon.blocks.block import AttentionBlock, Place
-from attnsurgeon.errors import BadOption, UnknownName
+from attnsurgeon.blocks.options import read_option
+from attnsurgeon.blocks.timm_attention import PREFIX, timm_block
+from attnsurgeon.errors import UnknownName
 from attnsurgeon.registry import Registry
 
 BlockType = TypeVar("BlockType", bound=type[AttentionBlock])
@@ -25,29 +27,47 @@ def register(name: str) -> Callable[[BlockType], BlockType]:
 
 
 def names() -> list[str]:
-    """Return the names of all blocks, sorted."""
+    """Return the names of all registered blocks, sorted."""
     return _registry.names()
 
 
 def get(name: str) -> type[AttentionBlock]:
-    """Return the block of that name.
+    """Return the block of that name: one of `names()`, of timm, of a package, or learnt before.
 
     Raises:
         UnknownName: there is none; the message gives the nearest.
+        BadOption: a class in a file that was not learnt, or no attention.
+        MissingPackage: its package is not installed or cannot be imported.
     """
-    return _registry.get(name)
+    if name in _registry:
+        return _registry.get(name)
+    if own.is_in_file(name):
+        return own.from_file(name)
+    if name.startswith(PREFIX):
+        return timm_block(name)
+    return own.load_announced(name, _registry)
+
+
+def learn(text: str) -> str:
+    """Return the name that stands for attention in plans and recipes; run a file that is named.
+
+    `se` is `se`; path/to/mine.py:MyAttention loads that class, and is `mine.py:MyAttention`.
+
+    Raises:
+        BadFile, BadOption, UnknownName: see own.load_file.
+    """
+    return own.load_file(text) if own.is_in_file(text) else text
+
+
+def label(name: str) -> str:
+    """Return the name of a block as a part of a file's name: `mine.py:Mine` is `mine`."""
+    last = name.rpartition(":")[2] if own.is_in_file(name) else name
+    return re.sub(r"[^0-9a-z]+", "_", last.lower()).strip("_") or "attention"
 
 
 def option_types(name: str) -> dict[str, Any]:
     """Return option -> annotated type of a block: the keyword-only arguments a user may set."""
-    block = get(name)
-    hints = typing.get_type_hints(block.__init__)
-    measured = set(Place.__dataclass_fields__)
-    return {
-        parameter.name: hints[parameter.name]
-        for parameter in inspect.signature(block).parameters.values()
-        if parameter.kind is parameter.KEYWORD_ONLY and parameter.name not in measured
-    }
+    return get(name).option_types()
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -61,42 +81,17 @@ def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
     for option in options:
         if option not in known:
             raise UnknownName(f"option of {name}", option, known)
-    return {option: _read(option, known[option], value) for option, value in options.items()}
+    return {option: read_option(option, known[option], value) for option, value in options.items()}
 
 
-def _read(option: str, kind: Any, value: Any) -> Any:
-    """Read a value (text from a command line, or JSON) as the annotated type of an option."""
-    origin = typing.get_origin(kind)
-    if origin in (typing.Union, types.UnionType):
-        if value is None:
-            return None
-        kind = next(part for part in typing.get_args(kind) if part is not type(None))
-        origin = typing.get_origin(kind)
-    if origin is tuple:
-        parts = value.split(",") if isinstance(value, str) else value
-        return tuple(str(part).strip() for part in parts)
-    if kind is bool:
-        return _read_bool(option, value)
-    try:
-        if isinstance(value, bool) or (kind is int and isinstance(value, float)):
-            raise ValueError
-        return _read_fraction(value) if kind is float else kind(value)
-    except (TypeError, ValueError, ZeroDivisionError):
-        raise BadOption(f"{option} takes {kind.__name__}, not {value!r}") from None
+def try_out(name: str, attention: AttentionBlock, place: Place, sizes: tuple[int, ...]) -> None:
+    """Run attention once on a map of zeros, unless it is one of `names()`.
 
-
-def _read_fraction(value: Any) -> float:
-    """Read 0.25 or 1/4."""
-    over, slash, under = str(value).partition("/")
-    return float(over) / float(under) if slash else float(over)
-
-
-def _read_bool(option: str, value: Any) -> bool:
-    words = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-    text = str(value).lower()
-    if text not in words:
-        raise BadOption(f"{option} takes true or false, not {value!r}")
-    return words[text]
+    Raises:
+        BadOption: it fails, or returns another shape.
+    """
+    if name not in _registry:
+        own.try_out(name, attention, place, sizes)
 
 
 for _module in pkgutil.iter_modules(__path__):

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from attnsurgeon import blocks
-from attnsurgeon.blocks.block import AttentionBlock, hidden_width, some_of
+from attnsurgeon.blocks.block import MAPS, AttentionBlock, hidden_width, some_of
+from attnsurgeon.blocks.spatial import batch_norm, convolution, positions
 from attnsurgeon.errors import BadOption
 from attnsurgeon.gate import Gate
 
@@ -19,20 +20,21 @@ from attnsurgeon.gate import Gate
 class ChannelPool(nn.Module):
     """Pool each channel over all positions. (N, C, H, W) -> (N, C, 1, 1)."""
 
-    def __init__(self, kind: str) -> None:
+    def __init__(self, kind: str, dims: int) -> None:
         super().__init__()
         self.kind = kind
+        self.positions = positions(dims)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the mean, maximum, 2-norm or log-sum-exp of each channel."""
         if self.kind == "avg":
-            return x.mean((2, 3), keepdim=True)
+            return x.mean(self.positions, keepdim=True)
         if self.kind == "max":
-            return x.amax((2, 3), keepdim=True)
+            return x.amax(self.positions, keepdim=True)
         if self.kind == "lp":
-            norm: Tensor = torch.linalg.vector_norm(x, 2.0, dim=(2, 3), keepdim=True)
+            norm: Tensor = torch.linalg.vector_norm(x, 2.0, dim=self.positions, keepdim=True)
             return norm
-        return torch.logsumexp(x, (2, 3), keepdim=True)
+        return torch.logsumexp(x, self.positions, keepdim=True)
 
 
 POOLS = ("avg", "max", "lp", "lse")
@@ -41,12 +43,14 @@ POOLS = ("avg", "max", "lp", "lse")
 class ChannelMap(nn.Module):
     """Equation 2: sigmoid of the sum of one shared perceptron over several poolings."""
 
-    def __init__(self, channels: int, hidden: int, pool_types: tuple[str, ...]) -> None:
+    def __init__(self, channels: int, hidden: int, pool_types: tuple[str, ...], dims: int) -> None:
         super().__init__()
-        self.pool = ChannelPool(pool_types[0])
-        self.more_pools = nn.ModuleList(ChannelPool(kind) for kind in pool_types[1:])
+        self.pool = ChannelPool(pool_types[0], dims)
+        self.more_pools = nn.ModuleList(ChannelPool(kind, dims) for kind in pool_types[1:])
         self.mlp = nn.Sequential(
-            nn.Conv2d(channels, hidden, 1), nn.ReLU(), nn.Conv2d(hidden, channels, 1)
+            convolution(dims, channels, hidden, 1),
+            nn.ReLU(),
+            convolution(dims, hidden, channels, 1),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -60,10 +64,10 @@ class ChannelMap(nn.Module):
 class SpatialMap(nn.Module):
     """Equation 3: sigmoid of a normed k x k convolution over (max, mean) of the channels."""
 
-    def __init__(self, kernel_size: int) -> None:
+    def __init__(self, kernel_size: int, dims: int) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=False)
-        self.norm = nn.BatchNorm2d(1, eps=1e-5, momentum=0.01)
+        self.conv = convolution(dims, 2, 1, kernel_size, padding=kernel_size // 2, bias=False)
+        self.norm = batch_norm(dims, 1, eps=1e-5, momentum=0.01)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the spatial map (N, 1, H, W) in (0, 1)."""
@@ -82,9 +86,9 @@ class NoSpatialMap(nn.Module):
 class GatedSpatial(nn.Module):
     """The spatial half: x times its mixed spatial map."""
 
-    def __init__(self, kernel_size: int) -> None:
+    def __init__(self, kernel_size: int, dims: int) -> None:
         super().__init__()
-        self.map = SpatialMap(kernel_size)
+        self.map = SpatialMap(kernel_size, dims)
         self.gate = Gate()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -95,10 +99,11 @@ class GatedSpatial(nn.Module):
 
 @blocks.register("cbam")
 class ConvolutionalBlockAttention(AttentionBlock):
-    """Rescale channels, then positions. (N, C, H, W) -> the same.
+    """Rescale channels, then positions. (N, C, *spatial) -> the same.
 
     Args:
         channels: C, the width of the feature map.
+        dims: number of spatial axes.
         reduction: r: the shared perceptron has C // r hidden units, at least 1.
         ratio: the hidden width as a share of C instead; overrides `reduction`.
         pool_types: what the channel map pools by, out of avg, max, lp, lse.
@@ -112,11 +117,13 @@ class ConvolutionalBlockAttention(AttentionBlock):
     title = "Convolutional Block Attention Module"
     paper = "arXiv:1807.06521"
     formula = "2C²/r + C/r + C + 2k² + 2"
+    layouts = MAPS
 
     def __init__(
         self,
         channels: int,
         *,
+        dims: int = 2,
         reduction: int = 16,
         ratio: float | None = None,
         pool_types: tuple[str, ...] = ("avg", "max"),
@@ -127,9 +134,9 @@ class ConvolutionalBlockAttention(AttentionBlock):
         if kernel_size < 1 or kernel_size % 2 == 0:
             raise BadOption(f"kernel_size must be odd and at least 1, not {kernel_size}")
         hidden = hidden_width(channels, reduction, ratio)
-        self.channel = ChannelMap(channels, hidden, some_of("pool_types", pool_types, POOLS))
+        self.channel = ChannelMap(channels, hidden, some_of("pool_types", pool_types, POOLS), dims)
         self.channel_gate = Gate()
-        self.spatial = NoSpatialMap() if no_spatial else GatedSpatial(kernel_size)
+        self.spatial = NoSpatialMap() if no_spatial else GatedSpatial(kernel_size, dims)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x times its mixed channel map, times the mixed spatial map of that."""

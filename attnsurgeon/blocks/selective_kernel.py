@@ -15,52 +15,26 @@ import math
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnsurgeon import blocks
-from attnsurgeon.blocks.block import AROUND, AttentionBlock, Place, one_of
+from attnsurgeon.blocks.block import AROUND, MAPS, AttentionBlock, Place
+from attnsurgeon.blocks.spatial import batch_norm, convolution, per_axis, positions
+from attnsurgeon.blocks.vector_norm import vector_norm
 from attnsurgeon.errors import BadOption
 from attnsurgeon.gate import Gate
 
 
-class VectorNorm(nn.BatchNorm2d):
-    """BatchNorm over (N, d, 1, 1) that says what to do when there is only one vector."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Norm each feature over the batch.
-
-        Raises:
-            AssertionError: training on a batch of 1, whose variance is 0.
-        """
-        if self.training:
-            torch._assert(  # unlike `raise`, this can be traced symbolically
-                x.shape[0] > 1,
-                "a selective-kernel block cannot train on a batch of 1: its squeezed vector has "
-                "one value per channel to norm; use a larger batch, or insert it with norm=layer",
-            )
-            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
-        return F.batch_norm(  # TorchScript knows no super().forward
-            x,
-            self.running_mean,
-            self.running_var,
-            self.weight,
-            self.bias,
-            self.training,
-            0.1,
-            self.eps,
-        )
-
-
 @blocks.register("sk")
 class SelectiveKernel(AttentionBlock):
-    """Choose per channel among branches of different receptive fields. (N, C, H, W) -> the same.
+    """Choose per channel among branches of several reaches. (N, C, *spatial) -> the same.
 
     Args:
         channels: C, the width of what is returned.
         in_channels: width of the input of the new branches; C unless a convolution is replaced.
         stride: of the new branches, that of the replaced convolution.
         dilation: of the replaced convolution.
+        dims: number of spatial axes.
         branches: M, at least 2, the host's own included.
         groups: G of the new branches.
         reduction: r: the squeezed width is d = max(C / r, min_width).
@@ -79,6 +53,7 @@ class SelectiveKernel(AttentionBlock):
         "(M-1)(9C²/G + 2C) + Cd + 2d + MdC, d = max(C/r, L); replaced: the host's 9C²/G' + 2C stay"
     )
     placements = (*AROUND, "replace")
+    layouts = MAPS
     convex = True
 
     def __init__(
@@ -86,8 +61,9 @@ class SelectiveKernel(AttentionBlock):
         channels: int,
         *,
         in_channels: int | None = None,
-        stride: tuple[int, int] = (1, 1),
+        stride: tuple[int, ...] = (1, 1),
         dilation: int = 1,
+        dims: int = 2,
         branches: int = 2,
         groups: int = 32,
         reduction: int = 16,
@@ -112,49 +88,49 @@ class SelectiveKernel(AttentionBlock):
         for i in range(1, branches):
             kernel, spread = _reach(i, dilated, dense)
             spread *= dilation
-            conv = nn.Conv2d(
+            conv = convolution(
+                dims,
                 inner,
                 channels,
                 kernel,
-                stride=stride,
+                stride=per_axis("stride", stride, dims),
                 padding=spread * (kernel // 2),
                 dilation=spread,
                 groups=shared,
                 bias=False,
             )
-            self.paths.append(nn.Sequential(conv, nn.BatchNorm2d(channels), nn.ReLU()))
+            self.paths.append(nn.Sequential(conv, batch_norm(dims, channels), nn.ReLU()))
         width = max(1 if dense else min_width, channels // reduction)
-        batch = one_of("norm", norm, ("batch", "layer")) == "batch"
-        self.squeeze = nn.Conv2d(channels, width, 1, bias=False)
-        self.norm = VectorNorm(width) if batch else nn.LayerNorm([width, 1, 1])
-        self.select = nn.Conv2d(width, branches * channels, 1, bias=False)
+        self.squeeze = convolution(dims, channels, width, 1, bias=False)
+        self.norm = vector_norm(norm, width, dims)
+        self.select = convolution(dims, width, branches * channels, 1, bias=False)
+        self.positions = positions(dims)
         self.gate = Gate()
 
     @classmethod
-    def build(cls, place: Place, **options: Any) -> SelectiveKernel:
-        """Construct the block for a place; its new branches are shaped like the replaced one."""
-        return cls(
-            place.channels,
-            in_channels=place.in_channels,
-            stride=place.stride,
-            dilation=place.dilation,
-            **options,
-        )
+    def measured(cls, place: Place) -> dict[str, Any]:
+        """Return all of a place: new branches are shaped like the replaced convolution."""
+        return {
+            "in_channels": place.in_channels,
+            "stride": place.stride,
+            "dilation": place.dilation,
+            "dims": place.dims,
+        }
 
     def forward(self, x: Tensor, first: Tensor | None = None) -> Tensor:
         """Return the branches, summed by their mixed weights.
 
         Args:
-            x: what the new branches read, (N, C_in, H, W).
-            first: branch 0, (N, C, H', W'); x itself where nothing is replaced.
+            x: what the new branches read, (N, C_in, *spatial).
+            first: branch 0, (N, C, *spatial'); x itself where nothing is replaced.
         """
         host = x if first is None else first
         maps = [host]
-        squeezed = host.mean((2, 3), keepdim=True).float()
+        squeezed = host.mean(self.positions, keepdim=True).float()
         for path in self.paths:
             branch = path(x)
             maps.append(branch)
-            squeezed = squeezed + branch.mean((2, 3), keepdim=True).float()
+            squeezed = squeezed + branch.mean(self.positions, keepdim=True).float()
         hidden = torch.relu(self.norm(self.squeeze(squeezed.to(host.dtype))))
         logits = self.select(hidden).unflatten(1, (self.branches, -1))  # (N, M, C, 1, 1)
         attention = torch.softmax(logits, 1)

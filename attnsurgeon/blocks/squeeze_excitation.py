@@ -8,7 +8,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from attnsurgeon import blocks
-from attnsurgeon.blocks.block import AttentionBlock, hidden_width, one_of
+from attnsurgeon.blocks.block import EVERYWHERE, AttentionBlock, hidden_width, one_of
+from attnsurgeon.blocks.spatial import convolution, positions
 from attnsurgeon.gate import Gate
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
@@ -23,10 +24,11 @@ SCALES: dict[str, type[nn.Module]] = {"sigmoid": nn.Sigmoid, "hardsigmoid": nn.H
 
 @blocks.register("se")
 class SqueezeExcitation(AttentionBlock):
-    """Rescale each channel by a weight computed from all channels. (N, C, H, W) -> the same.
+    """Rescale each channel by a weight computed from all channels. (N, C, *spatial) -> the same.
 
     Args:
         channels: C, the width of the feature map.
+        dims: number of spatial axes.
         reduction: r of the paper: the hidden layer has C // r units, at least 1.
         ratio: the hidden width as a share of C instead; overrides `reduction`.
         bias: biases on both layers, as in the released models (the journal text prefers none).
@@ -40,11 +42,13 @@ class SqueezeExcitation(AttentionBlock):
     title = "Squeeze-and-Excitation"
     paper = "arXiv:1709.01507"
     formula = "2C²/r + C/r + C"
+    layouts = EVERYWHERE
 
     def __init__(
         self,
         channels: int,
         *,
+        dims: int = 2,
         reduction: int = 16,
         ratio: float | None = None,
         bias: bool = True,
@@ -53,15 +57,16 @@ class SqueezeExcitation(AttentionBlock):
     ) -> None:
         super().__init__()
         hidden = hidden_width(channels, reduction, ratio)
-        self.squeeze = nn.Conv2d(channels, hidden, 1, bias=bias)
+        self.squeeze = convolution(dims, channels, hidden, 1, bias=bias)
         self.activation = ACTIVATIONS[one_of("activation", activation, tuple(ACTIVATIONS))]()
-        self.excite = nn.Conv2d(hidden, channels, 1, bias=bias)
+        self.excite = convolution(dims, hidden, channels, 1, bias=bias)
         self.scale = SCALES[one_of("scale_activation", scale_activation, tuple(SCALES))]()
+        self.positions = positions(dims)
         self.gate = Gate()
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x times its mixed channel map."""
-        squeezed = x.mean((2, 3), keepdim=True)
+        squeezed = x.mean(self.positions, keepdim=True)
         attention = self.scale(self.excite(self.activation(self.squeeze(squeezed))))
         mixed: Tensor = self.gate(attention, x)
         return x * mixed

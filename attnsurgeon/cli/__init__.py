@@ -51,8 +51,17 @@ def _top(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
+    own_block: Annotated[
+        list[str] | None,
+        typer.Option(help="Attention of your own that a file names: path/to/file.py:Class."),
+    ] = None,
 ) -> None:
     """Hold what stands before a command."""
+    if own_block:
+        from attnsurgeon import blocks
+
+        for text in own_block:
+            blocks.learn(text)
 
 
 for _command in (insert, export, bench, gates, show, remove, sites, blocks, models, verify, demo):

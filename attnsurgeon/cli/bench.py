@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from attnsurgeon.cli.hosts import OwnHost
 from attnsurgeon.cli.shell import is_integer, list_command, say, say_json, tell
 
 ENGINES = ("eager", "torchscript", "onnxruntime", "compile")
@@ -44,6 +45,7 @@ def bench(
     input_size: Annotated[
         str | None, typer.Option(help="H or H,W in pixels; the network's own by default.")
     ] = None,
+    host: OwnHost = None,
     output: Annotated[
         Path | None, typer.Option("-o", "--output", help="Also write the JSON to this file.")
     ] = None,
@@ -59,21 +61,23 @@ def bench(
 
     from attnsurgeon.bench import compare_speed
     from attnsurgeon.cli.shell import read_size
+    from attnsurgeon.host import naming_host
     from attnsurgeon.outputs import atomic_output, check_output
     from attnsurgeon.report.speed import show_report
 
     if output is not None:
         check_output(output, force=force)
-    report = compare_speed(
-        targets,
-        engines=tuple(engine or _default_engines(targets)),
-        device=device,
-        batches=tuple(batch or (1,)),
-        threads=threads,
-        seconds=seconds,
-        input_size=read_size(input_size),
-        progress=lambda text, share: tell(f"{share:4.0%} {text}"),
-    )
+    with naming_host(host):
+        report = compare_speed(
+            targets,
+            engines=tuple(engine or _default_engines(targets)),
+            device=device,
+            batches=tuple(batch or (1,)),
+            threads=threads,
+            seconds=seconds,
+            input_size=read_size(input_size),
+            progress=lambda text, share: tell(f"{share:4.0%} {text}"),
+        )
     if output is not None:
         with atomic_output(output, force=force) as part:
             part.write_text(json.dumps(report.to_json(), indent=2) + "\n", encoding="utf-8")

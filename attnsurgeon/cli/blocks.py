@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from attnsurgeon.cli.shell import say, say_json
+from attnsurgeon.cli.shell import say, say_json, tell
 
 EXAMPLES = """\b
 Examples:
@@ -23,7 +23,12 @@ def add_to(app: typer.Typer) -> None:
 def blocks(
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
 ) -> None:
-    """Show every attention block: paper, parameters, placements, options."""
+    """Show every attention block: paper, formula, parameters, layouts, placements, options.
+
+    Installed packages may announce more; every layer of timm is there as timm:NAME, and a class
+    of your own as path/to/file.py:Class.
+    """
     from attnsurgeon.report.blocks import blocks_to_json, show_blocks
 
-    say_json(blocks_to_json()) if as_json else say(show_blocks())
+    entries = blocks_to_json(tell)
+    say_json(entries) if as_json else say(show_blocks(entries))

@@ -7,25 +7,37 @@ from typing import Annotated
 
 import typer
 
-from attnsurgeon.cli.shell import read_size, say, say_json, tell
+from attnsurgeon.cli.hosts import (
+    CheckpointKey,
+    Inputs,
+    ModelArguments,
+    OwnHost,
+    is_shape,
+    read_arguments,
+)
+from attnsurgeon.cli.shell import is_assignment, list_command, read_size, say, say_json, tell
 
 EXAMPLES = """\b
 Examples:
   attnsurgeon export resnet50_se.safetensors -o resnet50_se.onnx
   attnsurgeon export resnet50_se.safetensors -o resnet50_se.pt --input-size 320,256
   attnsurgeon export resnet50_se.safetensors --checkpoint trained.pth -o trained.onnx --opset 18
+  attnsurgeon export mine_se.safetensors --host nets/mine.py:build -o mine_se.onnx
 """
 
 
 def add_to(app: typer.Typer) -> None:
     """Enter the command."""
-    app.command("export", short_help="Write ONNX or TorchScript, proven equal.", epilog=EXAMPLES)(
-        export
-    )
+    app.command(
+        "export",
+        cls=list_command(1, input=is_shape, model_arg=is_assignment),
+        short_help="Write ONNX or TorchScript, proven equal.",
+        epilog=EXAMPLES,
+    )(export)
 
 
 def export(
-    file: Annotated[str, typer.Argument(help="A file of attnsurgeon, or a model name.")],
+    file: Annotated[str, typer.Argument(help="A file of attnsurgeon, a name, or FILE.py:FACTORY.")],
     output: Annotated[Path, typer.Option("-o", "--output", help="A .onnx or .pt file to write.")],
     opset: Annotated[int | None, typer.Option(help="ONNX operator set; 20 by default.")] = None,
     input_size: Annotated[
@@ -37,9 +49,17 @@ def export(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Trained weights of the same network, such as .pth.")
     ] = None,
+    checkpoint_key: CheckpointKey = None,
     weights: Annotated[
         str, typer.Option(help="For a model name: DEFAULT, a name of weights, or none.")
     ] = "DEFAULT",
+    num_classes: Annotated[
+        int | None,
+        typer.Option(help="Of a network by name, where neither the default nor the checkpoint's."),
+    ] = None,
+    model_arg: ModelArguments = None,
+    input_: Inputs = None,
+    host: OwnHost = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -50,7 +70,7 @@ def export(
     """
     from attnsurgeon.export import export_model
     from attnsurgeon.export.format import format_for
-    from attnsurgeon.job import open_model
+    from attnsurgeon.job import open_target
     from attnsurgeon.outputs import check_output
     from attnsurgeon.report.artifact import show_artifact
 
@@ -58,9 +78,26 @@ def export(
     check_output(output, force=force)
     size = read_size(input_size)
     tell(f"loading {file}")
-    model = open_model(file, weights=weights, checkpoint=checkpoint)
+    opened = open_target(
+        file,
+        weights=weights,
+        checkpoint=checkpoint,
+        checkpoint_key=checkpoint_key,
+        num_classes=num_classes,
+        arguments=read_arguments(model_arg),
+        inputs=input_ or (),
+        host=host,
+    )
+    for notice in opened.notices:
+        tell(notice)
     artifact = export_model(
-        model, output, opset=opset, input_size=size, static=static, force=force, progress=tell
+        opened.model,
+        output,
+        opset=opset,
+        input_size=size,
+        static=static,
+        force=force,
+        progress=tell,
     )
     for notice in artifact.notices:
         tell(notice)

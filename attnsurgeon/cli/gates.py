@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from attnsurgeon.cli.hosts import OwnHost
 from attnsurgeon.cli.shell import say, say_json, tell
 
 EXAMPLES = """\b
@@ -23,6 +24,7 @@ def add_to(app: typer.Typer) -> None:
 
 def gates(
     file: Annotated[Path, typer.Argument(help="A file of attnsurgeon insert or save_model.")],
+    host: OwnHost = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Trained weights of the same network, such as .pth.")
     ] = None,
@@ -40,6 +42,7 @@ def gates(
     `varies`: how much the map differs from image to image (0: it only rescales). `output`: how
     far the output moves when this site alone is closed. `top-1`: images read otherwise then.
     """
+    from attnsurgeon.checkpoint import read_checkpoint
     from attnsurgeon.outputs import check_output
     from attnsurgeon.report.gates import openings_to_json, show_openings
     from attnsurgeon.store import load_model
@@ -53,9 +56,9 @@ def gates(
         check_chart(output)
         check_output(output, force=force)
     tell(f"loading {file}")
-    model = load_model(file)
+    model = load_model(file, host)
     if checkpoint is not None:
-        load_trained(model, checkpoint)
+        load_trained(model, read_checkpoint(checkpoint))
     sample = sample_inputs(model, images)
     tell(f"watching {len(model.__dict__['_attnsurgeon_cuts'])} sites on {sample.source}")
     found = measure_openings(model, sample)

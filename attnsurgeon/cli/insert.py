@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from attnsurgeon.cli.hosts import (
+    CheckpointKey,
+    Inputs,
+    ModelArguments,
+    OwnHost,
+    is_shape,
+    read_arguments,
+)
 from attnsurgeon.cli.shell import (
     is_assignment,
     is_integer,
@@ -25,13 +32,22 @@ Examples:
   attnsurgeon insert resnext50_32x4d --block sk --placement replace -o sknet50.safetensors
   attnsurgeon insert resnet18 --checkpoint mine.pth --num-classes 10 --block cbam --at 'layer3.*'
   attnsurgeon insert resnet50_se.safetensors --block gc --at layer4.2 -o both.onnx
+  attnsurgeon insert nets/mine.py:build --input 1,3,32,32 --checkpoint mine.pth --block se
+  attnsurgeon insert timm:resnet50 --plan plan.json
+  attnsurgeon insert resnet50 --block path/to/mine.py:MyAttention
 """
 
 
 def add_to(app: typer.Typer) -> None:
     """Enter the command."""
     lists = list_command(
-        1, at=None, exclude=None, stage=is_integer, set=is_assignment, model_arg=is_assignment
+        1,
+        at=None,
+        exclude=None,
+        stage=is_integer,
+        set=is_assignment,
+        input=is_shape,
+        model_arg=is_assignment,
     )
     app.command(
         "insert", cls=lists, short_help="Put attention into a network, unchanged.", epilog=EXAMPLES
@@ -40,9 +56,16 @@ def add_to(app: typer.Typer) -> None:
 
 def insert(
     model: Annotated[
-        str, typer.Argument(help="A torchvision name, `digits`, or a file of attnsurgeon.")
+        str,
+        typer.Argument(
+            help="A torchvision name, `digits`, timm:NAME, your own FILE.py:FACTORY or "
+            "MODULE:FACTORY, or a file of attnsurgeon."
+        ),
     ],
-    block: Annotated[str, typer.Option(help="se, cbam, sk or gc.")],
+    block: Annotated[
+        str | None,
+        typer.Option(help="A name of `attnsurgeon blocks`, timm:NAME, or path/to/file.py:Class."),
+    ] = None,
     output: Annotated[
         Path | None,
         typer.Option("-o", "--output", help="A .safetensors, .onnx or .pt file to write."),
@@ -57,11 +80,19 @@ def insert(
         list[int] | None, typer.Option(help="Stages (runs of one feature size), from 1.")
     ] = None,
     every: Annotated[int, typer.Option(help="Take each K-th of the chosen blocks.")] = 1,
+    kind: Annotated[
+        str | None,
+        typer.Option(help="residual (default), merge, layer or plain; see `attnsurgeon sites`."),
+    ] = None,
     placement: Annotated[
         str, typer.Option(help="post, standard, pre, identity, conv or replace.")
     ] = "post",
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Options of the block, as reduction=8.")
+    ] = None,
+    plan: Annotated[
+        Path | None,
+        typer.Option(help="Several in one go: JSON as --dry-run --json prints it, edited."),
     ] = None,
     weights: Annotated[
         str, typer.Option(help="DEFAULT, a name of torchvision's weights, or none (random).")
@@ -69,12 +100,14 @@ def insert(
     checkpoint: Annotated[
         Path | None, typer.Option(help="A file of weights for the network.")
     ] = None,
+    checkpoint_key: CheckpointKey = None,
     num_classes: Annotated[
-        int | None, typer.Option(help="Of the network, where it is not the default.")
+        int | None,
+        typer.Option(help="Of the network, where neither the default nor the checkpoint's."),
     ] = None,
-    model_arg: Annotated[
-        list[str] | None, typer.Option(help="Arguments of the network's builder, as key=value.")
-    ] = None,
+    model_arg: ModelArguments = None,
+    input_: Inputs = None,
+    host: OwnHost = None,
     seed: Annotated[int, typer.Option(help="Of the new weights.")] = 0,
     stack: Annotated[
         bool, typer.Option("--stack", help="Put it also where the same block is already.")
@@ -101,12 +134,17 @@ def insert(
         exclude=tuple(exclude or ()),
         stages=tuple(stage or ()),
         every=every,
+        kind=kind,
         placement=placement,
         options=read_assignments(set_ or (), "--set"),
+        plan=plan,
         weights=weights,
         checkpoint=checkpoint,
+        checkpoint_key=checkpoint_key,
         num_classes=num_classes,
-        arguments=literals(read_assignments(model_arg or (), "--model-arg")),
+        arguments=read_arguments(model_arg),
+        inputs=tuple(input_ or ()),
+        host=host,
         seed=seed,
         stack=stack,
         dry_run=dry_run,
@@ -116,20 +154,3 @@ def insert(
     for path, reason in done.skipped.items():
         tell(f"skipped {path}: {reason}")
     say_json(done.to_json()) if as_json else say(show_insertion(done))
-
-
-def literals(texts: dict[str, str]) -> dict[str, Any]:
-    """Return values read as JSON or Python (numbers, lists, true, None) where they are, else text.
-
-    All of them can stand in a recipe.
-    """
-    import ast
-    import json
-
-    values: dict[str, Any] = dict(texts)
-    for key, text in texts.items():
-        for read in (json.loads, ast.literal_eval):
-            with suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
-                values[key] = json.loads(json.dumps(read(text), allow_nan=False))
-                break
-    return values

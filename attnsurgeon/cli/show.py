@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from attnsurgeon.cli.hosts import OwnHost
 from attnsurgeon.cli.shell import say, say_json, tell
 
 EXAMPLES = """\b
@@ -24,6 +25,7 @@ def add_to(app: typer.Typer) -> None:
 def show(
     file: Annotated[Path, typer.Argument(help="A file of attnsurgeon insert or save_model.")],
     image: Annotated[list[Path], typer.Argument(help="Photographs, as PNG or JPEG.")],
+    host: OwnHost = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Trained weights of the same network, such as .pth.")
     ] = None,
@@ -42,6 +44,7 @@ def show(
     Each map is coloured from its own least to its own most, which stand beside it with the value
     of its gate: a wide range behind a gate near 0 changes nothing.
     """
+    from attnsurgeon.checkpoint import read_checkpoint
     from attnsurgeon.report.attention_page import make_page
     from attnsurgeon.report.pages import check_pages, pages_to_json, show_pages, write_page
     from attnsurgeon.store import load_model
@@ -50,9 +53,9 @@ def show(
 
     targets = check_pages(image, output, html=html, force=force)
     tell(f"loading {file}")
-    model = load_model(file)
+    model = load_model(file, host)
     if checkpoint is not None:
-        load_trained(model, checkpoint)
+        load_trained(model, read_checkpoint(checkpoint))
     photographs = [read_photograph(path, model) for path in image]
     pages = {}
     for photograph, target in zip(photographs, targets, strict=True):

@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from attnsurgeon.cli.shell import is_assignment, list_command, read_assignments, say, say_json, tell
+from attnsurgeon.cli.hosts import Inputs, ModelArguments, OwnHost, is_shape, read_arguments
+from attnsurgeon.cli.shell import is_assignment, list_command, say, say_json, tell
 
 EXAMPLES = """\b
 Examples:
@@ -19,7 +20,7 @@ def add_to(app: typer.Typer) -> None:
     """Enter the command."""
     app.command(
         "sites",
-        cls=list_command(1, model_arg=is_assignment),
+        cls=list_command(1, input=is_shape, model_arg=is_assignment),
         short_help="Show where attention can go.",
         epilog=EXAMPLES,
     )(sites)
@@ -27,21 +28,20 @@ def add_to(app: typer.Typer) -> None:
 
 def sites(
     model: Annotated[
-        str, typer.Argument(help="A torchvision name, `digits`, or a file of attnsurgeon.")
+        str, typer.Argument(help="A name, your own FILE.py:FACTORY, or a file of attnsurgeon.")
     ],
-    model_arg: Annotated[
-        list[str] | None, typer.Option(help="Arguments of the network's builder, as key=value.")
-    ] = None,
+    model_arg: ModelArguments = None,
+    input_: Inputs = None,
+    host: OwnHost = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON list.")] = False,
 ) -> None:
-    """Show the residual blocks that one forward pass finds, with their measured shapes."""
-    from attnsurgeon.cli.insert import literals
-    from attnsurgeon.job import open_model
+    """Show what one forward pass finds: residual blocks, merges, plain blocks, activations.
+
+    Each comes with its kind, layout, measured shape, placements and the attention it can take.
+    """
+    from attnsurgeon.job import watch
     from attnsurgeon.report.sites import show_sites, site_to_json
-    from attnsurgeon.sites import find_sites
 
     tell(f"watching {model}")
-    arguments = literals(read_assignments(model_arg or (), "--model-arg"))
-    network = open_model(model, weights="none", arguments=arguments)
-    found = find_sites(network)
+    found = watch(model, read_arguments(model_arg), input_ or (), host)
     say_json([site_to_json(s) for s in found]) if as_json else say(show_sites(model, found))

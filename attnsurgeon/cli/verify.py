@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from attnsurgeon.cli.hosts import OwnHost
 from attnsurgeon.cli.shell import say, say_json, tell
 
 EXAMPLES = """\b
@@ -23,6 +24,7 @@ def add_to(app: typer.Typer) -> None:
 
 def verify(
     file: Annotated[Path, typer.Argument(help="A file of attnsurgeon insert.")],
+    host: OwnHost = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Check a file against its recipe: tensor hashes, identity with closed gates, live gates.
@@ -33,5 +35,5 @@ def verify(
     from attnsurgeon.report.inspection import show_inspection
 
     tell(f"checking {file}")
-    found = inspect_file(file)
+    found = inspect_file(file, host)
     say_json(found.to_json()) if as_json else say(show_inspection(found))

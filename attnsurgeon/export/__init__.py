@@ -23,11 +23,11 @@ from attnsurgeon.card import HostCard, card_of
 from attnsurgeon.errors import BadOption, ExportDiffers, HostUnusable
 from attnsurgeon.export.format import Draft, Format, Settings, format_for, formats
 from attnsurgeon.export.proof import Check, check_file, gate_values, opened_values
-from attnsurgeon.observe import runs_on
 from attnsurgeon.outputs import atomic_output
 from attnsurgeon.sites import default_example
 from attnsurgeon.store import make_recipe
 from attnsurgeon.surgery import cuts_of
+from attnsurgeon.trial import runs_on
 
 __all__ = ["Artifact", "Check", "export_model", "export_suffixes"]
 

@@ -3,31 +3,48 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import RenderableType
 
 from attnsurgeon import blocks
+from attnsurgeon.blocks.block import Place
+from attnsurgeon.blocks.own import announced
+from attnsurgeon.errors import first_line
 from attnsurgeon.report.table import new_table
 
 WIDTH = 256
 """Channels at which the parameters of a block are shown."""
 
 
-def blocks_to_json() -> list[dict[str, Any]]:
-    """Return what each block is: paper, formula, parameters at 256 channels, options."""
-    return [_describe(name) for name in blocks.names()]
+def blocks_to_json(notice: Callable[[str], None] = lambda text: None) -> list[dict[str, Any]]:
+    """Return what each block is: paper, formula, parameters at 256 channels, options.
+
+    Those that installed packages announce come last; one that cannot be shown is told of by
+    `notice`, so that a broken package does not hide the others.
+    """
+    entries = [_describe(name) for name in blocks.names()]
+    for name, point in sorted(announced().items()):
+        if name in blocks.names():
+            notice(f"skipped {name} of {point.value}: there is a block of that name")
+            continue
+        try:
+            entries.append(_describe(name))
+        except Exception as error:  # of another's package: it may be anything
+            notice(f"skipped {name} of {point.value}: {first_line(error)}")
+    return entries
 
 
 def _describe(name: str) -> dict[str, Any]:
     block = blocks.get(name)
     defaults = inspect.signature(block).parameters
-    built = block(WIDTH)
+    built = block.build(Place(WIDTH))
     gates = sum(p.numel() for n, p in built.named_parameters() if n.endswith("openness"))
     options = {option: defaults[option].default for option in blocks.option_types(name)}
     return {
         "name": name,
-        "title": block.title,
+        "title": block.title or block.__name__,
         "paper": block.paper,
         "formula": block.formula,
         "parameters": sum(p.numel() for p in built.parameters()) - gates,
@@ -38,19 +55,25 @@ def _describe(name: str) -> dict[str, Any]:
     }
 
 
-def show_blocks() -> RenderableType:
+def show_blocks(entries: Sequence[dict[str, Any]]) -> RenderableType:
     """Return one row per block."""
     table = new_table(f"attention blocks, parameters at C = {WIDTH}")
-    for heading in ("block", "paper", "parameters", "placements", "options"):
-        table.add_column(heading, justify="right" if heading == "parameters" else "left")
-    for entry in blocks_to_json():
-        options = ", ".join(f"{k}={_short(v)}" for k, v in entry["options"].items())
+    table.add_column("block", min_width=22)  # of the longest word of a title
+    table.add_column("paper", no_wrap=True)
+    table.add_column("parameters", justify="right")
+    table.add_column("formula")
+    table.add_column("layouts")
+    table.add_column("placements")
+    table.add_column("options", no_wrap=True)
+    for entry in entries:
         table.add_row(
             f"{entry['name']}\n{entry['title']}",
             entry["paper"],
-            f"{entry['parameters']:,}\n{entry['formula']}",
-            ", ".join(entry["placements"]),
-            options,
+            f"{entry['parameters']:,}",
+            entry["formula"],
+            " ".join(entry["layouts"]),
+            " ".join(entry["placements"]),
+            "\n".join(f"{k}={_short(v)}" for k, v in entry["options"].items()),
         )
     return table
 

@@ -1,4 +1,4 @@
-"""The names of hosts as a table and as JSON, from torchvision's own registry."""
+"""The networks there are as a table and as JSON: what they do, and what can be put into them."""
 
 from __future__ import annotations
 
@@ -7,16 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import RenderableType
-from torchvision.models import get_model_weights
 
-from attnsurgeon import digits
 from attnsurgeon.errors import PatternUnmatched, nearest
-from attnsurgeon.host import DIGITS, host_names
+from attnsurgeon.host import host_names
 from attnsurgeon.report.table import new_table
+from attnsurgeon.survey import Row, row_of, weight_names
 
 
 def models_to_json(pattern: str) -> list[dict[str, Any]]:
-    """Return name, parameters, input size and weights of the matching hosts.
+    """Return task, parameters, input, sites, fitting blocks and weights of the matching networks.
 
     Raises:
         PatternUnmatched: no name matches.
@@ -28,44 +27,52 @@ def models_to_json(pattern: str) -> list[dict[str, Any]]:
         raise PatternUnmatched(
             f"{pattern!r} matches none of the {len(names)} models{nearest(pattern, names)}"
         )
-    return [_describe(name) for name in chosen]
+    return [_describe(row_of(name)) for name in chosen]
 
 
-def _describe(name: str) -> dict[str, Any]:
-    if name == DIGITS:
-        card = digits.read_card()
-        weights = digits.read_weights().values()
-        counted = sum(t.numel() for t in weights if t.is_floating_point())
-        return {
-            "name": name,
-            "parameters": counted,
-            "input_size": list(card.input_size),
-            "weights": ["DEFAULT"],
-        }
-    known = list(get_model_weights(name))
-    crop = getattr(known[0].transforms(), "crop_size", None) if known else None
-    side = crop[0] if isinstance(crop, list | tuple) else crop
+def _describe(row: Row) -> dict[str, Any]:
     return {
-        "name": name,
-        "parameters": known[0].meta["num_params"] if known else None,
-        "input_size": [side, side] if side else None,
-        "weights": [weight.name for weight in known],
+        "name": row.name,
+        "task": row.task,
+        "parameters": row.parameters,
+        "input": row.input,
+        "input_size": _image_size(row.input),
+        "sites": dict(row.sites),
+        "blocks": row.fitting(),
+        "attended": row.attended,
+        "weights": weight_names(row.name),
     }
 
 
+def _image_size(told: str) -> list[int] | None:
+    """Return height and width of one image; None where there is none or more than one size."""
+    sides = told.split(" x ")[-2:]
+    return [int(side) for side in sides] if all(side.isdecimal() for side in sides) else None
+
+
 def show_models(entries: Sequence[dict[str, Any]]) -> RenderableType:
-    """Return one row per host."""
+    """Return one row per network."""
     table = new_table(f"{len(entries)} models")
     table.add_column("model")
+    table.add_column("task")
     table.add_column("parameters", justify="right")
-    table.add_column("input", justify="right")
+    table.add_column("input")
+    table.add_column("sites")
+    table.add_column("blocks")
     table.add_column("weights")
     for entry in entries:
-        size = entry["input_size"]
         table.add_row(
             entry["name"],
-            f"{entry['parameters']:,}" if entry["parameters"] else "",
-            f"{size[0]} x {size[1]}" if size else "",
+            entry["task"],
+            f"{entry['parameters']:,}",
+            entry["input"],
+            tell_sites(entry["sites"]),
+            ", ".join(entry["blocks"]),
             ", ".join(entry["weights"]),
         )
     return table
+
+
+def tell_sites(sites: dict[str, int]) -> str:
+    """Return the kinds of sites with their numbers in words."""
+    return ", ".join(f"{count} {kind}" for kind, count in sites.items())

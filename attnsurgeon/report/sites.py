@@ -23,6 +23,8 @@ def site_to_json(site: Site) -> dict[str, Any]:
         "stage": site.stage,
         "placements": list(site.placements),
         "blocks": list(site.blocks),
+        "attention": list(site.attention),
+        "also": list(site.also),
         "refused": dict(site.refused),
     }
 
@@ -32,6 +34,7 @@ def show_sites(model: str, sites: Sequence[Site]) -> RenderableType:
     table = new_table(f"{len(sites)} sites in {model}")
     table.add_column("stage", justify="right")
     table.add_column("site")
+    table.add_column("kind")
     table.add_column("layout")
     table.add_column("shape", justify="right")
     table.add_column("placements")
@@ -41,12 +44,31 @@ def show_sites(model: str, sites: Sequence[Site]) -> RenderableType:
         table.add_row(
             str(site.stage),
             site.path,
+            site.kind,
             site.layout,
             "x".join(str(n) for n in site.shape),
             "all" if everything else ", ".join(site.placements) or "none",
             ", ".join(site.blocks) or f"none serves {site.layout}",
         )
-    return Group(table, *(Text(line) for line in _reasons(sites)))
+    return Group(table, *(Text(line) for line in (*_notes(sites), *_reasons(sites))))
+
+
+def _notes(sites: Sequence[Site]) -> list[str]:
+    """Return what is worth knowing before the choice: other kinds, attention already there."""
+    lines = []
+    attended = [site for site in sites if site.attention]
+    if attended:
+        lines.append(
+            f"{len(attended)} sites have attention of their own, the first {attended[0].path}: "
+            f"{attended[0].attention[0]}"
+        )
+    shared = [site for site in sites if site.also]
+    lines += [f"{site.path} is also reached as {', '.join(site.also)}" for site in shared]
+    if any(site.kind == "plain" for site in sites):
+        lines.append(
+            "plain: a block of the same class without a shortcut; chosen by --kind or name"
+        )
+    return lines
 
 
 def _reasons(sites: Sequence[Site]) -> list[str]:

@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Iterable
 
 from torch import nn
 
-from attnsurgeon.checkpoint import load_state, read_checkpoint
+from attnsurgeon.checkpoint import Fit, load_checkpoint
 from attnsurgeon.errors import CheckpointMismatch
 from attnsurgeon.surgery import attention_paths, is_new_key
+from attnsurgeon.unwrapping import Checkpoint, bare_checkpoint
 
 _PLACE = re.compile(r"(.*\battention_[a-z]+(?:_[0-9]+)?)\.")
 
 
-def load_trained(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Load a checkpoint of this very operated network.
+def load_trained(model: nn.Module, held: Checkpoint) -> Fit:
+    """Load a checkpoint of this very operated network, as read_checkpoint read it.
 
     Raises:
-        BadFile: it cannot be read.
         CheckpointMismatch: it does not fit; a checkpoint of the plain host or of another plan is
             told as what it is.
     """
-    state = read_checkpoint(path)
     try:
-        load_state(model, state, repr(str(path)))
+        return load_checkpoint(model, held)
     except CheckpointMismatch as error:
-        reason = _reason(model, state)
+        bare = bare_checkpoint(held, model.state_dict().keys())
+        reason = _reason(model, bare.state)
         if not reason:
             raise
-        raise CheckpointMismatch(f"{str(path)!r} {reason}") from error
+        raise CheckpointMismatch(f"{held.source} {reason}") from error
 
 
 def _reason(model: nn.Module, keys: Iterable[str]) -> str:

@@ -1,0 +1,129 @@
+"""The inputs that promises are checked on: random, small, in several sizes and batch sizes."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from attnsurgeon.borrow import borrowed_randomness
+from attnsurgeon.errors import HostUnusable, first_line
+from attnsurgeon.trial import runs_on, why_it_fails
+
+Inputs = tuple[Any, ...]
+SMALL_SIDE = 64
+"""Pixels: exactness does not depend on the size of an image, and time does."""
+SMALL_TIME = 8
+"""Frames of a clip, for the same reason."""
+
+
+def probe_inputs(model: nn.Module, example: Inputs) -> list[Inputs]:
+    """Return random inputs like the example: two batch sizes, and two resolutions where it can.
+
+    A batch of images or clips is made small where the network runs at that size. A list of images,
+    as detectors take it, becomes lists of two and of three images of different sizes.
+
+    Raises:
+        HostUnusable: the network does not run on the example's size either.
+    """
+    like = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
+    if len(example) != 1 or not isinstance(example[0], Tensor) or like[0].ndim not in (4, 5):
+        return [_random(example, 2), _random(example, 3)]
+    image = like[0]
+    own = tuple(image.shape[2:])
+    base = next((size for size in _small_sizes(own) if _runs(model, image, size)), None)
+    if base is None:
+        error = why_it_fails(model, _batch(image, own), train=True)
+        reason = f": {first_line(error)}" if error else ""
+        raise HostUnusable(
+            f"{type(model).__name__} fails on batches of {'x'.join(map(str, own))} images{reason}; "
+            "give a network and weights that run"
+        )
+    others = [(*base[:-2], base[-2] + 32, base[-1]), (*own[:-2], own[-2] + 32, own[-1]), base]
+    other = next(size for size in others if _runs(model, image, size))
+    return [_random((_resized(image, base),), 2), _random((_resized(image, other),), 3)]
+
+
+def _small_sizes(own: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Return the sizes to try, the smallest first: of clips also fewer frames."""
+    small = tuple(min(side, SMALL_SIDE) for side in own[-2:])
+    times = [own[:-2]] if len(own) == 2 else [(min(own[0], SMALL_TIME),), own[:-2]]
+    return [(*time, *side) for side in (small, own[-2:]) for time in times]
+
+
+def _runs(model: nn.Module, image: Tensor, size: tuple[int, ...]) -> bool:
+    return runs_on(model, _batch(image, size), train=True)
+
+
+def _batch(image: Tensor, size: tuple[int, ...]) -> Inputs:
+    return (_resized(image, size).expand(2, *([-1] * (len(size) + 1))),)
+
+
+def _resized(image: Tensor, size: tuple[int, ...]) -> Tensor:
+    return image.new_zeros(1, image.shape[1], *size)
+
+
+def _random(example: Inputs, batch: int) -> Inputs:
+    """Return normal random tensors of the example's shapes, with another batch size."""
+    with borrowed_randomness(batch):
+        return tuple(_random_like(part, batch) for part in example)
+
+
+def _random_like(part: Any, batch: int) -> Any:
+    if isinstance(part, list):  # of images, each of its own size
+        images = [part[i % len(part)] for i in range(batch)]
+        return [torch.rand(image.shape).to(image.device, image.dtype) for image in images]
+    if isinstance(part, Tensor) and part.is_floating_point():
+        return torch.randn(batch, *part.shape[1:]).to(part.device, part.dtype)
+    if isinstance(part, Tensor) and part.ndim:
+        return part[:1].expand(batch, *part.shape[1:]).contiguous()
+    return part
+
+
+def arguments_in(mode: str, model: nn.Module, inputs: Inputs) -> Inputs:
+    """Return what a model is called with in a mode: detectors in training want targets too."""
+    images = inputs[0] if inputs else None
+    if mode != "train" or not isinstance(images, list) or len(inputs) != 1:
+        return inputs
+    if "targets" not in inspect.signature(model.forward).parameters:
+        return inputs
+    return (images, [_target(image) for image in images])
+
+
+def _target(image: Tensor) -> dict[str, Tensor]:
+    """Return one object in the middle of an image, with all that any detector asks for."""
+    height, width = image.shape[-2:]
+    box = torch.tensor([[width / 4, height / 4, width / 1.5, height / 1.5]])
+    mask = torch.zeros(1, height, width, dtype=torch.uint8)
+    mask[:, height // 4 : height // 2, width // 4 : width // 2] = 1
+    points = torch.tensor([[[width / 3, height / 3, 1.0]] * 17])
+    found = {"boxes": box, "labels": torch.ones(1, dtype=torch.int64), "masks": mask}
+    return {k: v.to(image.device) for k, v in {**found, "keypoints": points}.items()}
+
+
+@contextmanager
+def small_resizes(model: nn.Module, sizes: Sequence[int] = (96, 160)) -> Iterator[None]:
+    """Have a detector resize its images to small ones, and give it its sizes back.
+
+    It would enlarge whatever it is given to some 800 pixels.
+    """
+    held: list[tuple[Any, Any, int]] = [
+        (module, module.min_size, module.max_size)
+        for module in cast("Iterator[Any]", model.modules())
+        if isinstance(getattr(module, "min_size", None), tuple | list)
+        and isinstance(getattr(module, "max_size", None), int)
+        and getattr(module, "fixed_size", None) is None
+    ]
+    try:
+        for module, smallest, _ in held:
+            module.min_size = type(smallest)((sizes[0],))
+            module.max_size = sizes[1]
+        yield
+    finally:
+        for module, smallest, largest in held:
+            module.min_size, module.max_size = smallest, largest

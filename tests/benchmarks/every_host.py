@@ -1,0 +1,48 @@
+"""How long it takes to watch every network of torchvision, and the operation in the heaviest.
+
+Prints the processor seconds that watching takes, for each network and in all; then operates on the
+networks that the tests leave out, unless --watch is given.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from attnsurgeon.host import host_names, load_outline  # noqa: E402
+from attnsurgeon.sites import find_sites  # noqa: E402
+
+
+def watch_all() -> float:
+    """Watch every network; return the seconds spent on watching alone."""
+    total, slowest = 0.0, ("", 0.0)
+    for name in host_names():
+        model = load_outline(name)
+        start = time.process_time()
+        found = find_sites(model)
+        spent = time.process_time() - start
+        total += spent
+        slowest = max(slowest, (name, spent), key=lambda pair: pair[1])
+        print(f"{name:40} {len(found):4} sites  {spent:6.2f} s", flush=True)
+    print(f"all {total:.1f} s (target 90), the slowest {slowest[0]} {slowest[1]:.2f} s (target 1)")
+    return total
+
+
+def operate_on_the_heaviest() -> None:
+    """Insert at every site of the networks that the tests leave out."""
+    tests: Any = importlib.import_module("tests.test_every_host")
+    for name in sorted(tests.HEAVY):
+        start = time.process_time()
+        tests.operate_everywhere(name)
+        print(f"{name:40} exact, alive, removed again  {time.process_time() - start:6.1f} s")
+
+
+if __name__ == "__main__":
+    watch_all()
+    if "--watch" not in sys.argv:
+        operate_on_the_heaviest()

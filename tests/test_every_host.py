@@ -1,0 +1,145 @@
+"""Every network of torchvision: what is found in it, and the operation at every site it has."""
+
+import json
+import re
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+from attnsurgeon import blocks, survey
+from attnsurgeon.borrow import borrowed_buffers
+from attnsurgeon.gate import named_gates
+from attnsurgeon.host import DIGITS, host_names, load_host
+from attnsurgeon.liveness import _weighted_sum
+from attnsurgeon.plan import Plan, make_plan
+from attnsurgeon.probes import arguments_in, probe_inputs, small_resizes
+from attnsurgeon.sites import as_inputs, find_sites
+from attnsurgeon.surgery import apply_plan, attention_paths, is_new_key, remove_attention
+from attnsurgeon.verify import compare, record
+
+ROWS = survey.shipped_rows()
+NAMES = sorted(set(host_names()) - {DIGITS})
+LARGEST = sorted(NAMES, key=lambda name: ROWS[name].parameters)[-6:]
+HEAVY = {*LARGEST, *(name for name in NAMES if name.startswith("mvit"))}
+"""The largest, and those that take nothing but a full clip: tests/benchmarks/every_host.py."""
+WANTED = (("se", "post"), ("se", "standard"), ("gc", "standard"))
+
+# Arguments that make a network smaller, or its building faster, without changing its wiring.
+SMALLER = {
+    r"vit_": {"image_size": 64},
+    r"googlenet|inception_v3": {"init_weights": False},
+    r"(faster|mask|keypoint)rcnn": {"box_detections_per_img": 5},
+}
+
+
+def smaller(name):
+    return next((options for key, options in SMALLER.items() if re.match(key, name)), {})
+
+
+def test_the_survey_is_complete():
+    assert sorted(ROWS) == sorted(host_names())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_shipped_is_what_is_observed(name):
+    assert survey.to_line(survey.observe_host(name)) == survey.to_line(ROWS[name])
+
+
+def test_the_survey_has_teeth():
+    row = ROWS["resnet18"]
+    other = json.loads(survey.to_line(row)) | {"sites": {"residual": 7}}
+    assert survey.to_line(row) != json.dumps(other)
+
+
+@pytest.mark.parametrize("family", ["resnet50", "vit_b_16", "densenet121", "r3d_18", "vgg11"])
+def test_what_fits_is_what_can_be_planned(family):
+    sites = find_sites(load_host(family, weights="none"))
+    served = {name for site in sites for name in site.blocks}
+    assert sorted(served) == ROWS[family].fitting()
+
+
+def joined_plan(model, sites):
+    """Plan SE after and in every site that can be served, and GC in it, all at once."""
+    cuts = []
+    for kind in sorted({site.kind for site in sites}):
+        for block, placement in WANTED:
+            able = [
+                site.path
+                for site in sites
+                if site.kind == kind
+                and placement in site.spots
+                and site.spots[placement].serves in blocks.get(block).layouts
+            ]
+            if able:
+                plan = make_plan(model, sites, block, at=able, placement=placement, kind=kind)
+                assert len(plan.cuts) == len(able)
+                cuts += plan.cuts
+    return Plan(tuple(_apart(cuts)))
+
+
+def _apart(cuts):
+    """Give each attention at one place of one block a name of its own."""
+    from dataclasses import replace
+
+    taken = set()
+    for cut in cuts:
+        child, number = cut.splice.child, 1
+        while (cut.path, child) in taken:
+            number += 1
+            child = f"{cut.splice.child}_{number}"
+        taken.add((cut.path, child))
+        yield replace(cut, splice=replace(cut.splice, child=child))
+
+
+def live_gates(model, inputs):
+    """Return the gates that one backward pass reaches, in eval or in train mode."""
+    gates = named_gates(model)
+    live = set()
+    for mode in ("train", "eval"):
+        model.train(mode == "train")
+        loss = _weighted_sum(model(*arguments_in(mode, model, inputs)))
+        if loss.requires_grad and len(live) < len(gates):
+            found = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
+            live |= {
+                name
+                for name, gradient in zip(gates, found, strict=True)
+                if gradient is not None and gradient.isfinite().all() and gradient.any()
+            }
+    return live
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name not in HEAVY])
+def test_every_site_of_every_network(name):
+    operate_everywhere(name)
+
+
+def operate_everywhere(name):
+    torch.manual_seed(0)
+    model = load_host(name, weights="none", arguments=smaller(name))
+    for parameter in model.parameters():
+        if parameter.ndim > 1 and not parameter.any():  # an untrained head would hide everything
+            torch.nn.init.normal_(parameter, std=0.1)
+    example = as_inputs(model, None)
+    sites = find_sites(model, example)
+    plan = joined_plan(model, sites)
+    served = {site.path for site in sites if {"post", "standard"} & set(site.spots)}
+    assert {cut.path for cut in plan.cuts} == served
+    inputs = probe_inputs(model, example)[:1]
+    classes = [type(module) for module in model.modules()]
+    state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    with small_resizes(model):
+        before = record(model, inputs)
+        assert any(leaf.numel() for run in before for leaf in tree_leaves(run.leaves))
+        apply_plan(model, plan)
+        verdict = compare(before, model)
+        assert verdict.exact, verdict.differences[:3]
+        with borrowed_buffers(model):
+            assert live_gates(model, inputs[0]) == set(named_gates(model))
+    kept = model.state_dict()
+    paths = attention_paths(model)
+    assert [key for key in kept if not is_new_key(key, paths)] == list(state)
+    assert all(torch.equal(kept[key], state[key]) for key in state)
+    bare = remove_attention(model)
+    assert list(bare.state_dict()) == list(state)
+    assert [type(module) for module in bare.modules()] == classes
