@@ -98,11 +98,15 @@ def _overheard(gate: nn.Module, seen: list[tuple[str, Tensor]]) -> Iterator[None
     """Note what comes to a gate, to be multiplied or to be added."""
     admit: Callable[[Tensor, Tensor], Tensor] = gate.admit  # type: ignore[assignment]
 
+    def note(kind: str, values: Tensor) -> None:
+        if values.ndim > 2:  # scSE also asks its gates for 1 - g alone, with one number
+            seen.append((kind, values))
+
     def overhear(term: Tensor, features: Tensor) -> Tensor:
-        seen.append((ADDED, term))
+        note(ADDED, term)
         return admit(term, features)
 
-    hook = gate.register_forward_pre_hook(lambda _, args: seen.append((CHANNEL, args[0])))
+    hook = gate.register_forward_pre_hook(lambda _, args: note(CHANNEL, args[0]))
     gate.__dict__["admit"] = overhear  # `admit` is no forward, so that no hook hears it
     try:
         yield
