@@ -48,6 +48,7 @@ def two_processes(folder, start, digits_file):
         capture_output=True,
         text=True,
         check=False,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
