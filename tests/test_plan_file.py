@@ -18,13 +18,13 @@ STEPS = [
     {"at": "features.1*", "block": "se", "placement": "standard", "options": {"reduction": 4}},
     {"at": ["features.5", "features.8"], "block": "gc", "seed": 5},
     {"stage": 2, "block": "cbam", "every": 2},
-    {"path": "features.5", "block": "gc"},
+    {"path": "features.5", "block": "gc", "stack": True},
 ]
 FLAGS = [
     "--at features.1* --block se --placement standard --set reduction=4",
     "--at features.5 features.8 --block gc --seed 5",
     "--stage 2 --block cbam --every 2",
-    "--at features.5 --block gc",
+    "--at features.5 --block gc --stack",
 ]
 EXAMPLE = torch.zeros(1, 3, 32, 32)
 
