@@ -27,6 +27,7 @@ class RemovalJob:
     """What is asked for; the fields are the flags of `attnsurgeon remove`."""
 
     file: Path
+    host: str | None = None
     at: tuple[str, ...] = ()
     below: float | None = None
     output: Path | None = None
@@ -97,7 +98,7 @@ def run_removal(job: RemovalJob, progress: Callable[[str], None] = lambda text: 
     if job.output is not None:
         _check_target(job.output, job.force)
     progress(f"loading {job.file}")
-    model = load_model(job.file)
+    model = load_model(job.file, job.host)
     chosen = _choose(model, job)
     bare = without_cuts(model, chosen)
     kept = cuts_of(bare)

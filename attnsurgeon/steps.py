@@ -113,7 +113,8 @@ def read_steps(values: Any, seed: int = 0, source: str = "the plan") -> tuple[St
     """Read a plan from plain values: a list of steps, or a mapping that has one as `plan`.
 
     A step is a mapping: `block`, and if wanted `at` (a pattern or several), `exclude`, `stage`,
-    `every`, `kind`, `placement`, `options`, `seed`; or `path` in the place of `at`, for one site.
+    `every`, `kind`, `placement`, `options`, `seed`, `stack`; or `path` in the place of
+    `at`, for one site.
 
     Args:
         values: see above.
@@ -208,6 +209,7 @@ def plan_steps(model: nn.Module, inputs: tuple[Any, ...], steps: Iterable[Step])
             placement=step.placement,
             options=step.options,
             seed=step.seed,
+            stack=step.stack,
             before=cuts,
             stack=step.stack,
         )

@@ -79,14 +79,9 @@ def make_recipe(model: nn.Module) -> Recipe:
     """Return the recipe of an operated network as it stands.
 
     Raises:
-        HostUnusable: the model was not operated on, is wrapped, or its tensors are sharded.
+        HostUnusable: the model was not operated on, or its tensors are sharded.
     """
     cuts = cuts_of(model)
-    if not cuts and attention_paths(model):
-        raise HostUnusable(
-            f"this {type(model).__name__} wraps an operated network; save the network itself, such "
-            "as model.module (of a compiled one model._orig_mod)"
-        )
     if not cuts:
         raise HostUnusable(
             f"this {type(model).__name__} has no attention of attnsurgeon; insert_attention first"

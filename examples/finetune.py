@@ -141,7 +141,8 @@ def start_processes() -> tuple[int, int, torch.device]:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if gpu else "cpu"
     if "WORLD_SIZE" not in os.environ:
         return 0, 1, torch.device(device)
-    dist.init_process_group("nccl" if gpu else "gloo")
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if gpu else "gloo")
     return dist.get_rank(), dist.get_world_size(), torch.device(device)
 
 

@@ -118,16 +118,17 @@ def frozen(start, share):
 
 
 def finetune_on(folder):
-    """Run the example as torchrun does: its own process group, the same two processes."""
+    """Run the example in the group there is: a second one in the same processes would hang."""
     sys.argv = ["finetune.py", str(folder / "operated.safetensors"), "--data", "digits"]
     sys.argv += ["--output", str(folder / "finetuned"), "--ema", "0.5", "--epochs", "1"]
     sys.argv += ["--steps", "2", "--batch-size", "8", "--workers", "0"]
-    finetune.main()
+    finetune.run(finetune.parse_arguments())
 
 
 def main(folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
+    finetune_on(folder)
     rank = dist.get_rank()
     half = slice(rank * BATCH // 2, (rank + 1) * BATCH // 2)
     start = attnsurgeon.load_model(folder / "start.safetensors")
@@ -140,7 +141,6 @@ def main(folder):
     }
     torch.save(found, folder / f"rank{rank}.pt")
     dist.destroy_process_group()
-    finetune_on(folder)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from torch.utils.checkpoint import checkpoint
 
 import attnsurgeon
 from attnsurgeon import digits
-from attnsurgeon.errors import HostUnusable
 from attnsurgeon.store import save_model
 from tests import parallel
 
@@ -49,6 +48,7 @@ def two_processes(folder, start, digits_file):
         capture_output=True,
         text=True,
         check=False,
+        timeout=240,
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -215,8 +215,6 @@ class TestOneProcess:
         for name, gate in attnsurgeon.gates(averaged.module).items():
             assert gate.item() == pytest.approx(0.5 * gates[name].item())
             assert gate.item() != 0
-        with pytest.raises(HostUnusable, match=r"wraps an operated network.*model\.module"):
-            save_model(averaged, tmp_path / "ema.safetensors")
-        save_model(averaged.module, tmp_path / "ema.safetensors")
+        save_model(averaged, tmp_path / "ema.safetensors")
         again = attnsurgeon.load_model(tmp_path / "ema.safetensors")
         assert torch.equal(again(IMAGES.double()), averaged.module.eval()(IMAGES.double()))

@@ -11,14 +11,17 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import attnsurgeon
-from attnsurgeon import digits
+from attnsurgeon import blocks, digits
 from attnsurgeon.card import card_of, give_card
 from attnsurgeon.host import load_host
+from attnsurgeon.plan import make_plan
+from attnsurgeon.report.attention_page import make_page
 from attnsurgeon.report.gate_chart import write_chart
 from attnsurgeon.report.gates import summary
+from attnsurgeon.sites import find_sites
 from attnsurgeon.store import load_plain, save_model
-from attnsurgeon.surgery import cuts_of
-from attnsurgeon.training.images import sample_inputs
+from attnsurgeon.surgery import apply_plan, cuts_of
+from attnsurgeon.training.images import Photograph, sample_inputs
 from attnsurgeon.training.maps import watch_maps
 from attnsurgeon.training.openings import compare_outputs, measure_openings
 
@@ -145,6 +148,37 @@ class TestMeasuring:
         (found,) = watch_maps(model, (inputs,))[1]
         assert (found.kind, found.values.shape[1]) == ("branch", 3)
         torch.testing.assert_close(found.values.sum(1), torch.ones_like(found.values[:, 0]))
+
+    def test_every_block_is_heard(self):
+        """One after the other in one block of the network; a new one is tested by existing."""
+        model = load_host("digits")
+        sites = find_sites(model)
+        names = [n for n in blocks.names() if "post" in blocks.get(n).placements]
+        for name in names:
+            apply_plan(model, make_plan(model, sites, name, at="features.5"))
+        found = measure_openings(model, sample_inputs(model))
+        assert [opening.cut.block for opening in found] == names
+        heard = {m.cut.block: m.kind for m in watch_maps(model, sample_inputs(model).inputs)[1]}
+        assert heard.keys() == set(names)
+        page = make_page(
+            model,
+            Photograph("x", torch.zeros(3, 32, 32, dtype=torch.uint8), torch.zeros(1, 3, 32, 32)),
+        )
+        assert len(page.numbers) == len(page.overlays) + len(page.strips) > len(names)
+
+    def test_non_local_shows_what_is_attended_to(self):
+        model = attnsurgeon.insert_attention(load_host("digits"), "nonlocal", at="features.5")
+        block = model.get_submodule("features.5.attention_post")
+        with torch.no_grad():  # every query asks for the same: the positions where phi is greatest
+            block.theta.weight.zero_()
+            block.theta.bias.fill_(1)
+        (inputs,) = sample_inputs(model).inputs
+        keys = []
+        hook = block.phi.register_forward_hook(lambda _, args, output: keys.append(output))
+        context = watch_maps(model, (inputs,))[1][0].values
+        hook.remove()
+        wanted = keys[0].sum(1).flatten(1).softmax(1)
+        torch.testing.assert_close(context.flatten(1), wanted)
 
 
 class TestGates:

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from attnsurgeon.cli.hosts import OwnHost
 from attnsurgeon.cli.shell import say, say_json, tell
 
 EXAMPLES = """\b
@@ -23,6 +24,7 @@ def add_to(app: typer.Typer) -> None:
 
 def gates(
     file: Annotated[Path, typer.Argument(help="A file of attnsurgeon insert or save_model.")],
+    host: OwnHost = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Trained weights of the same network, such as .pth.")
     ] = None,
@@ -54,7 +56,7 @@ def gates(
         check_chart(output)
         check_output(output, force=force)
     tell(f"loading {file}")
-    model = load_model(file)
+    model = load_model(file, host)
     if checkpoint is not None:
         load_trained(model, read_checkpoint(checkpoint))
     sample = sample_inputs(model, images)

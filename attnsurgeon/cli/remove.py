@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from attnsurgeon.cli.hosts import OwnHost
 from attnsurgeon.cli.shell import list_command, say, say_json, tell
 
 EXAMPLES = """\b
@@ -29,6 +30,7 @@ def add_to(app: typer.Typer) -> None:
 
 def remove(
     file: Annotated[Path, typer.Argument(help="A file of attnsurgeon insert or save_model.")],
+    host: OwnHost = None,
     at: Annotated[
         list[str] | None, typer.Option(help="Shell patterns of block paths, as 'layer3.*'.")
     ] = None,
@@ -53,6 +55,6 @@ def remove(
     from attnsurgeon.removal import RemovalJob, run_removal
     from attnsurgeon.report.removal import show_removal
 
-    job = RemovalJob(file, tuple(at or ()), below, output, images, force)
+    job = RemovalJob(file, host, tuple(at or ()), below, output, images, force)
     done = run_removal(job, tell)
     say_json(done.to_json()) if as_json else say(show_removal(done))

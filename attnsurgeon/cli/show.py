@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from attnsurgeon.cli.hosts import OwnHost
 from attnsurgeon.cli.shell import say, say_json, tell
 
 EXAMPLES = """\b
@@ -24,6 +25,7 @@ def add_to(app: typer.Typer) -> None:
 def show(
     file: Annotated[Path, typer.Argument(help="A file of attnsurgeon insert or save_model.")],
     image: Annotated[list[Path], typer.Argument(help="Photographs, as PNG or JPEG.")],
+    host: OwnHost = None,
     checkpoint: Annotated[
         Path | None, typer.Option(help="Trained weights of the same network, such as .pth.")
     ] = None,
@@ -51,7 +53,7 @@ def show(
 
     targets = check_pages(image, output, html=html, force=force)
     tell(f"loading {file}")
-    model = load_model(file)
+    model = load_model(file, host)
     if checkpoint is not None:
         load_trained(model, read_checkpoint(checkpoint))
     photographs = [read_photograph(path, model) for path in image]

@@ -67,12 +67,12 @@ def make_page(model: nn.Module, photograph: Photograph) -> Page:
         overlays=tuple(
             Picture(_title(found), _caption(model, found), _laid_over(shown, found.values[0]))
             for found in maps
-            if found.kind in (SPATIAL, CONTEXT)
+            if _is_over_positions(found)
         ),
         strips=tuple(
             Picture(_title(found), _caption(model, found), heat(_rows(found)))
             for found in maps
-            if found.kind not in (SPATIAL, CONTEXT)
+            if not _is_over_positions(found)
         ),
         branches={
             _title(found): tuple(found.values[0].mean(1).tolist())
@@ -101,9 +101,14 @@ def _laid_over(shown: Tensor, values: Tensor) -> Tensor:
     return torch.lerp(grey, heat(wide).float(), _SHINE).round().to(torch.uint8)
 
 
+def _is_over_positions(found: AttentionMap) -> bool:
+    """Tell whether a map can be laid over the image: one value for each place in a plane."""
+    return found.kind in (SPATIAL, CONTEXT) and found.values.ndim == 3
+
+
 def _rows(found: AttentionMap) -> Tensor:
     values = found.values[0]
-    return values if found.kind == BRANCH else values[None]
+    return values if found.kind == BRANCH else values.flatten()[None]
 
 
 def _title(found: AttentionMap) -> str:

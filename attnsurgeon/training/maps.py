@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attnsurgeon.blocks.global_context import ContextPool
+from attnsurgeon.blocks.non_local import NonLocal
 from attnsurgeon.borrow import borrowed_buffers, borrowed_modes
 from attnsurgeon.gate import Gate
 from attnsurgeon.plan import Cut
@@ -38,10 +39,32 @@ class AttentionMap:
     values: Tensor
 
 
-MASKS: dict[type[nn.Module], tuple[str, Callable[[Tensor], Tensor]]] = {
-    ContextPool: ("mask", lambda logits: logits.flatten(2).softmax(2).view_as(logits)),
+@dataclass(frozen=True)
+class Mask:
+    """How a module's mask over positions is made of what some of its children return."""
+
+    children: tuple[str, ...]
+    make: Callable[[Any, list[Tensor]], Tensor]
+
+
+def _context(pool: Any, returned: list[Tensor]) -> Tensor:
+    return returned[0].flatten(2).softmax(2).view_as(returned[0])
+
+
+def _mean_likeness(block: Any, returned: list[Tensor]) -> Tensor:
+    """Return how much each position is attended to, mean over the positions that ask."""
+    queries, keys = returned[0].flatten(2).float(), block.pool(returned[1]).float()
+    likeness = torch.matmul(queries.transpose(1, 2), keys.flatten(2))
+    if block.has_softmax:
+        likeness = likeness.softmax(2)
+    return likeness.mean(1).view_as(keys[:, 0]).unsqueeze(1)
+
+
+MASKS: dict[type[nn.Module], Mask] = {
+    ContextPool: Mask(("mask",), _context),
+    NonLocal: Mask(("theta", "phi"), _mean_likeness),
 }
-"""Modules with a mask over positions that no gate sees: the child that returns it, its meaning."""
+"""Modules with a mask over positions that comes to no gate."""
 
 
 def watch_maps(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, list[AttentionMap]]:
@@ -59,7 +82,7 @@ def watch_maps(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, list[Att
                 if isinstance(module, Gate | Ungated):
                     lent.enter_context(_overheard(module, seen))
                 elif type(module) in MASKS:
-                    lent.enter_context(_masked(module, seen))
+                    lent.enter_context(_masked(module, MASKS[type(module)], seen))
         output = model.eval()(*inputs)
     maps = [
         _as_map(cut, name, seen)
@@ -75,11 +98,15 @@ def _overheard(gate: nn.Module, seen: list[tuple[str, Tensor]]) -> Iterator[None
     """Note what comes to a gate, to be multiplied or to be added."""
     admit: Callable[[Tensor, Tensor], Tensor] = gate.admit  # type: ignore[assignment]
 
+    def note(kind: str, values: Tensor) -> None:
+        if values.ndim > 2:  # scSE also asks its gates for 1 - g alone, with one number
+            seen.append((kind, values))
+
     def overhear(term: Tensor, features: Tensor) -> Tensor:
-        seen.append((ADDED, term))
+        note(ADDED, term)
         return admit(term, features)
 
-    hook = gate.register_forward_pre_hook(lambda _, args: seen.append((CHANNEL, args[0])))
+    hook = gate.register_forward_pre_hook(lambda _, args: note(CHANNEL, args[0]))
     gate.__dict__["admit"] = overhear  # `admit` is no forward, so that no hook hears it
     try:
         yield
@@ -89,15 +116,23 @@ def _overheard(gate: nn.Module, seen: list[tuple[str, Tensor]]) -> Iterator[None
 
 
 @contextmanager
-def _masked(module: nn.Module, seen: list[tuple[str, Tensor]]) -> Iterator[None]:
-    child, meaning = MASKS[type(module)]
-    hook = module.get_submodule(child).register_forward_hook(
-        lambda _, args, logits: seen.append((CONTEXT, meaning(logits)))
-    )
+def _masked(module: nn.Module, mask: Mask, seen: list[tuple[str, Tensor]]) -> Iterator[None]:
+    """Note the mask of a module when it has run."""
+    returned: dict[str, Tensor] = {}
+
+    def keep(name: str) -> Callable[[nn.Module, Any, Tensor], None]:
+        return lambda _, args, output: returned.update({name: output})
+
+    def finish(_: nn.Module, args: Any, output: Any) -> None:
+        seen.append((CONTEXT, mask.make(module, [returned[name] for name in mask.children])))
+
+    hooks = [module.get_submodule(name).register_forward_hook(keep(name)) for name in mask.children]
+    hooks.append(module.register_forward_hook(finish))
     try:
         yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def _as_map(cut: Cut, name: str, seen: list[tuple[str, Tensor]]) -> AttentionMap:
