@@ -128,6 +128,7 @@ class TestReport:
         assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("cpu_clock")
 class TestPlantedDifferences:
     def test_a_network_with_a_third_more_work_is_found_out(self):
         plain, slow = Tiny(work=12), Tiny(work=16)
