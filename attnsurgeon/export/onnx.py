@@ -192,6 +192,10 @@ class Onnx(Format):
 
         return Opened(run, opset=file.opset, fixed_axes=tuple(file.fixed_axes))
 
+    def has_gates(self, path: Path) -> bool:
+        """Tell whether the file holds gates by name."""
+        return any(name.endswith(".openness") for name in read_file(path).spots)
+
 
 def _translate(model: nn.Module, inputs: Inputs, settings: Settings) -> tuple[Any, tuple[str, ...]]:
     """Return the network by the exporter asked for, and what to tell about a choice.
