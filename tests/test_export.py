@@ -97,6 +97,7 @@ def test_what_a_deployer_needs_is_in_the_file(tmp_path):
 def test_the_opset_is_the_one_asked_for(operated, tmp_path, opset):
     artifact = attnsurgeon.export_model(operated, tmp_path / "x.onnx", opset=opset)
     assert artifact.opset == opset
+    assert any("TorchScript-based" in notice for notice in artifact.notices) == (opset == 17)
     (imported,) = onnx.load(tmp_path / "x.onnx").opset_import
     assert imported.version == opset
 
