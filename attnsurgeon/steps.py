@@ -209,7 +209,6 @@ def plan_steps(model: nn.Module, inputs: tuple[Any, ...], steps: Iterable[Step])
             placement=step.placement,
             options=step.options,
             seed=step.seed,
-            stack=step.stack,
             before=cuts,
             stack=step.stack,
         )

@@ -129,7 +129,9 @@ class TestChoices:
     @pytest.mark.parametrize(
         ("args", "says"),
         [
-            (("--opset", "17"), ["--opset", "18", "not 17"]),
+            (("--opset", "16"), ["--opset", "17", "not 16"]),
+            (("--opset", "17", "--exporter", "dynamo"), ["18", "--exporter torchscript"]),
+            (("--exporter", "dynam"), ["'dynam'", "'dynamo'"]),
             (("--opset", "99"), ["--opset", "not 99"]),
             (("--opset", "new"), ["--opset"]),
             (("--input-size", "0"), ["--input-size", "not 0"]),

@@ -97,6 +97,7 @@ def test_what_a_deployer_needs_is_in_the_file(tmp_path):
 def test_the_opset_is_the_one_asked_for(operated, tmp_path, opset):
     artifact = attnsurgeon.export_model(operated, tmp_path / "x.onnx", opset=opset)
     assert artifact.opset == opset
+    assert any("TorchScript-based" in notice for notice in artifact.notices) == (opset == 17)
     (imported,) = onnx.load(tmp_path / "x.onnx").opset_import
     assert imported.version == opset
 
@@ -240,7 +241,7 @@ class TestExporters:
         assert onnx.load(tmp_path / "x.onnx").producer_name == "pytorch"
         assert all(check.passed for check in artifact.checks)
 
-    def test_the_older_one_where_the_newer_refuses(self, tmp_path):
+    def test_the_older_one_where_the_newer_refuses(self, tmp_path, caplog):
         torch.manual_seed(0)
         model = Detector().eval()
         images = [torch.rand(3, 40, 48), torch.rand(3, 32, 56)]
@@ -248,6 +249,7 @@ class TestExporters:
         with pytest.raises(ExportRefused, match="torch.export cannot take Detector"):
             attnsurgeon.export_model(model, path, example=images, exporter="dynamo")
         artifact = attnsurgeon.export_model(model, path, example=images)
+        assert not [record for record in caplog.records if record.levelname != "DEBUG"]
         assert len(artifact.notices) == 1
         assert "the TorchScript-based exporter was used instead" in artifact.notices[0]
         assert {check.batch for check in artifact.checks} == {2}

@@ -1,5 +1,6 @@
 """The code that is written out stands alone: it builds the network where attnsurgeon is not."""
 
+import runpy
 import subprocess
 import sys
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 import attnsurgeon
+from attnsurgeon.card import card_of
 from attnsurgeon.errors import ExportDiffers, ExportRefused
 from attnsurgeon.export import source
 from attnsurgeon.host import load_host
@@ -74,8 +76,6 @@ def test_attention_in_the_wrong_place_is_caught(operated, tmp_path, monkeypatch)
 
 def test_the_digits_network(tmp_path):
     model = attnsurgeon.insert_attention(load_host("digits"), "se", at="features.3")
-    from attnsurgeon.card import card_of
-
     text = source.write_source(model, card_of(model), cuts_of(model), "x.safetensors")
     assert "get_model('mobilenet_v2'" in text
     compile(text, "model.py", "exec")
@@ -90,3 +90,32 @@ def test_code_of_your_own_is_refused(tmp_path):
 def test_settings_of_another_format(operated, tmp_path, setting):
     with pytest.raises(ExportRefused, match=r"\.py file"):
         attnsurgeon.export_model(operated, tmp_path / "model.py", **setting)
+
+
+@pytest.mark.parametrize("block", attnsurgeon.blocks.names())
+def test_every_block_is_written_out(block, tmp_path):
+    torch.manual_seed(0)
+    host = load_host("resnet18", weights="none")
+    placement = attnsurgeon.blocks.get(block).placements[0]
+    example = torch.zeros(1, 3, 64, 64)
+    operated = attnsurgeon.insert_attention(
+        host, block, at="layer2.1", placement=placement, example=example
+    )
+    for gate in attnsurgeon.gates(operated).values():
+        gate.data.fill_(0.5)
+    text = source.write_source(operated, card_of(host), cuts_of(operated), "x.safetensors")
+    (tmp_path / "model.py").write_text(text, encoding="utf-8")
+    alone = runpy.run_path(str(tmp_path / "model.py"))["build"]()
+    alone.load_state_dict(operated.state_dict())
+    image = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(alone.eval()(image), operated(image))
+        assert not torch.equal(operated(image), host(image))
+
+
+def test_a_block_of_your_own_is_refused(operated, monkeypatch):
+    monkeypatch.setattr(source.inspect, "getmodule", lambda kind: exports)
+    with pytest.raises(ExportRefused, match=r"the code of cbam is not of this package"):
+        source.write_source(
+            operated, card_of(load_host("resnet18", weights="none")), cuts_of(operated), "x"
+        )

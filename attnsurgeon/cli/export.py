@@ -69,6 +69,9 @@ def export(
     model_arg: ModelArguments = None,
     input_: Inputs = None,
     host: OwnHost = None,
+    keep_rejected: Annotated[
+        bool, typer.Option("--keep-rejected", help="Keep a file that differs, as OUT.rejected.")
+    ] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace an existing output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -112,6 +115,7 @@ def export(
         input_size=size,
         static=static,
         force=force,
+        keep_rejected=keep_rejected,
         progress=tell,
     )
     for notice in artifact.notices:

@@ -16,6 +16,8 @@ from typing import Any
 from torch import nn
 
 from attnsurgeon.card import HostCard, card_of
+from attnsurgeon.errors import ExportDiffers
+from attnsurgeon.export.against import Agreement, verify_export
 from attnsurgeon.export.format import Settings, format_for, formats
 from attnsurgeon.export.inputs import Inputs, example_inputs, resized, size_of, trials
 from attnsurgeon.export.proof import Check, gate_values
@@ -24,7 +26,7 @@ from attnsurgeon.outputs import atomic_output
 from attnsurgeon.store import make_recipe
 from attnsurgeon.surgery import cuts_of
 
-__all__ = ["Artifact", "Check", "export_model", "export_suffixes"]
+__all__ = ["Agreement", "Artifact", "Check", "export_model", "export_suffixes", "verify_export"]
 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
@@ -80,6 +82,7 @@ def export_model(
     optimize: bool = False,
     example: Any = None,
     force: bool = False,
+    keep_rejected: bool = False,
     progress: Callable[[str], None] = lambda text: None,
 ) -> Artifact:
     """Write a network to a file for deployment, re-open it and compare it with the model.
@@ -102,6 +105,7 @@ def export_model(
         example: an image batch that gives channels, dtype and size instead; or a tuple of
             inputs, or a list of images for a network that takes lists.
         force: replace an existing file.
+        keep_rejected: keep a file that differs as `output`.rejected.
         progress: is told what is being done.
 
     Raises:
@@ -126,7 +130,15 @@ def export_model(
         read = draft.reader or kind.open
         twin = draft if draft.folds_gates else None
         del draft  # its weights need not stand in memory beside those that are read
-        proof = prove(kind.name, read, twin, part, model, batches, settings, progress)
+        try:
+            proof = prove(kind.name, read, twin, part, model, batches, settings, progress)
+        except ExportDiffers as error:
+            if not keep_rejected:
+                raise
+            rejected = f"{os.fspath(output)}.rejected"
+            part.replace(rejected)
+            told = str(error).replace("nothing was kept", f"it was kept as {rejected!r}")
+            raise ExportDiffers(told) from error
     return Artifact(
         output=str(output),
         format=kind.name,

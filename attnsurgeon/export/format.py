@@ -128,6 +128,10 @@ class Format(ABC):
             BadFile: it cannot be run, or has no such gates.
         """
 
+    def has_gates(self, path: Path) -> bool:
+        """Tell whether the gates of a written file can be set when it is opened."""
+        return True
+
 
 formats: Registry[Format] = Registry("export format")
 

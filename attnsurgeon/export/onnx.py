@@ -26,6 +26,7 @@ MOST_BYTES = 2**31
 """An ONNX file is one protobuf message, which cannot be larger."""
 
 _WRONG_ONNXSCRIPT = {f"0.5.{patch}" for patch in range(7)}
+_TOO_OLD = "opset {} was written by the TorchScript-based exporter: the newer one has none so old"
 _FELL_BACK = "{}; the TorchScript-based exporter was used instead"
 
 
@@ -192,6 +193,10 @@ class Onnx(Format):
 
         return Opened(run, opset=file.opset, fixed_axes=tuple(file.fixed_axes))
 
+    def has_gates(self, path: Path) -> bool:
+        """Tell whether the file holds gates by name."""
+        return any(name.endswith(".openness") for name in read_file(path).spots)
+
 
 def _translate(model: nn.Module, inputs: Inputs, settings: Settings) -> tuple[Any, tuple[str, ...]]:
     """Return the network by the exporter asked for, and what to tell about a choice.
@@ -201,8 +206,10 @@ def _translate(model: nn.Module, inputs: Inputs, settings: Settings) -> tuple[An
     """
     opset, dynamic = settings.opset, settings.dynamic
     too_old = opset is not None and opset < onnx_dynamo.OLDEST_OPSET
-    if settings.exporter == "torchscript" or (settings.exporter == "auto" and too_old):
-        return onnx_traced.translate(model, inputs, dynamic=dynamic, opset=opset), ()
+    if settings.exporter == "torchscript" or too_old:
+        made = onnx_traced.translate(model, inputs, dynamic=dynamic, opset=opset)
+        chosen = settings.exporter == "torchscript"
+        return made, () if chosen else (_TOO_OLD.format(opset),)
     try:
         return onnx_dynamo.translate(model, inputs, dynamic=dynamic), ()
     except ExportRefused as refused:

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -62,7 +65,7 @@ def export_program(
         ),
         inputs,
     )
-    with torch.no_grad(), borrowed_modes(model):
+    with torch.no_grad(), borrowed_modes(model), _logs_held_back():
         model.eval()
         try:
             return torch.export.export(
@@ -73,6 +76,17 @@ def export_program(
             raise ExportRefused(
                 f"torch.export cannot take {type(model).__name__}: {reason_of(error)}{remedy}"
             ) from error
+
+
+@contextmanager
+def _logs_held_back() -> Iterator[None]:
+    """Keep torch from logging the whole graph of what it refuses: the error says why."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _like_signature(model: nn.Module, shapes: tuple[Any, ...]) -> tuple[Any, ...]:

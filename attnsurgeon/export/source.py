@@ -94,7 +94,13 @@ def write_source(model: nn.Module, card: HostCard, cuts: Iterable[Cut], weights:
     made = list(cuts)
     gathered = _Gathered()
     for cut in made:
-        gathered.take(inspect.getmodule(blocks.get(cut.block)))
+        module = inspect.getmodule(blocks.get(cut.block))
+        if module is None or not module.__name__.startswith(f"{_PACKAGE}.blocks."):
+            raise ExportRefused(
+                f"the code of {cut.block} is not of this package and is not written out; export "
+                "to .onnx, .pt or .pt2"
+            )
+        gathered.take(module)
     classes, lines = _wired(model, made, gathered)
     name, arguments = _builder(card)
     head = _HEAD.format(
@@ -132,9 +138,9 @@ class _Gathered:
         self.imports: set[str] = set()
         self.seen: set[str] = set()
 
-    def take(self, module: ModuleType | None) -> None:
+    def take(self, module: ModuleType) -> None:
         """Take in a module, unless it is there already."""
-        if module is None or module.__name__ in self.seen:
+        if module.__name__ in self.seen:
             return
         self.seen.add(module.__name__)
         source = inspect.getsource(module)

@@ -144,6 +144,10 @@ class TorchScript(Format):
         _set(module, gates or {})
         return Opened(_runner(module))
 
+    def has_gates(self, path: Path) -> bool:
+        """Tell whether the file has parameters still: one that was frozen has none."""
+        return any(True for _ in load_torchscript(path)[0].parameters())
+
 
 def _set(module: torch.jit.ScriptModule, gates: Mapping[str, Tensor]) -> None:
     parameters = dict(module.named_parameters())

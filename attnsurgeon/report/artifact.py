@@ -2,21 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from rich.console import Group, RenderableType
+from rich.table import Table
 from rich.text import Text
 
-from attnsurgeon.export import Artifact
+from attnsurgeon.export import Agreement, Artifact, Check
 from attnsurgeon.report.table import new_table
 
 
 def show_artifact(artifact: Artifact) -> RenderableType:
     """Return every comparison with the model, and what was written."""
-    table = new_table(f"{artifact.output} against the model, from disk")
+    axes = "batch, height and width free" if artifact.dynamic else "all axes fixed"
+    opset = f", opset {artifact.opset}" if artifact.opset else ""
+    size = f"{artifact.bytes / 2**20:.1f} MiB"
+    return Group(
+        _table(artifact.output, artifact.checks),
+        Text(f"written  {artifact.output}: {artifact.format}{opset}, {size}, {axes}"),
+    )
+
+
+def show_agreement(found: Agreement) -> RenderableType:
+    """Return every comparison of a file with its model, and the classes seen in images."""
+    seen = [Text(f"{name}  {kind}") for name, kind in found.images.items()]
+    return Group(
+        _table(found.file, found.checks),
+        *seen,
+        Text(
+            f"agreed   {found.file} computes what the model computes, in {len(found.checks)} runs"
+        ),
+    )
+
+
+def _table(name: str, checks: Iterable[Check]) -> Table:
+    table = new_table(f"{name} against the model, from disk")
     for heading in ("gates", "batch", "size"):
         table.add_column(heading)
     for heading in ("max abs", "max rel", "cosine", "top-1 same", ""):
         table.add_column(heading, justify="right")
-    for check in artifact.checks:
+    for check in checks:
         table.add_row(
             check.gates,
             str(check.batch),
@@ -27,9 +52,4 @@ def show_artifact(artifact: Artifact) -> RenderableType:
             f"{100 * check.top1_agreement:.0f} %",
             "passed" if check.passed else "FAILED",
         )
-    axes = "batch, height and width free" if artifact.dynamic else "all axes fixed"
-    opset = f", opset {artifact.opset}" if artifact.opset else ""
-    size = f"{artifact.bytes / 2**20:.1f} MiB"
-    return Group(
-        table, Text(f"written  {artifact.output}: {artifact.format}{opset}, {size}, {axes}")
-    )
+    return table

@@ -4,8 +4,8 @@
     python tests/benchmarks/export_cost.py --block se --runs 3
 
 Target: time at most 1.6 x. Both sides export the same network, the plain script unchecked by
-torch.onnx.export(dynamo=True); with --block it is the operated one, whose gates are checked
-closed and opened, in two files.
+torch.onnx.export(dynamo=True); with --block it is the operated one, whose file is checked
+with its gates closed and opened.
 """
 
 from __future__ import annotations

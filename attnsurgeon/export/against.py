@@ -1,0 +1,109 @@
+"""Hold an exported file against the model that it was made from, later and on real images."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from attnsurgeon.card import card_of
+from attnsurgeon.errors import BadFile, BadOption, ExportDiffers
+from attnsurgeon.export.format import format_for
+from attnsurgeon.export.images import image_files, read_images
+from attnsurgeon.export.inputs import example_inputs, size_of, tensors_of, trials
+from attnsurgeon.export.opening import open_gates
+from attnsurgeon.export.proof import Check, check_file, gate_values, run_with_gates
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """What was compared.
+
+    Attributes:
+        file: the exported file.
+        format: its format.
+        checks: every comparison; all passed.
+        images: path of an image -> the class that both see in it; empty where none were given.
+    """
+
+    file: str
+    format: str
+    checks: tuple[Check, ...]
+    images: Mapping[str, str]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain values."""
+        return {
+            "file": self.file,
+            "format": self.format,
+            "checks": [check.to_json() for check in self.checks],
+            "images": dict(self.images),
+        }
+
+
+def verify_export(
+    path: str | os.PathLike[str], model: nn.Module, images: str | os.PathLike[str] | None = None
+) -> Agreement:
+    """Compare a file with a model again: random inputs, gates opened, and images of a folder.
+
+    Args:
+        path: a file of export_model.
+        model: what it should compute.
+        images: a folder of images; all of them must be seen alike.
+
+    Raises:
+        BadFile: the file or an image cannot be read.
+        BadOption: no images, or a model that takes none.
+        ExportDiffers: the two differ.
+    """
+    file = Path(path)
+    kind = format_for(file)
+    if not file.is_file():
+        raise BadFile(f"there is no file {str(file)!r}")
+    opened = kind.open(file)
+    inputs = example_inputs(model, None, None)
+    batches = trials(model, inputs, static=bool(opened.fixed_axes))
+    own = gate_values(model)
+    label = "open" if any(bool(value.any()) for value in own.values()) else "closed"
+    checks = check_file(opened.run, model, own, label, batches)
+    if own and kind.has_gates(file):
+        values = open_gates(model, min(batches, key=lambda b: tensors_of(b)[0].numel())).values
+        checks += check_file(kind.open(file, values).run, model, values, "open", batches)
+    seen: dict[str, str] = {}
+    if images is not None:
+        if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or inputs[0].shape[1] != 3:
+            raise BadOption(f"--images is for networks of one RGB image; {file.name} takes others")
+        files = image_files(Path(images))
+        parts = [
+            (part.to(inputs[0]),) for part in read_images(files, card_of(model), size_of(inputs))
+        ]
+        checks += check_file(opened.run, model, own, "images", list(parts))
+        seen = {
+            str(name): _class_of(model, run_with_gates(model, own, part))
+            for name, part in zip(files, parts, strict=True)
+        }
+    failed = [
+        check
+        for check in checks
+        if not check.passed or (check.gates == "images" and check.top1_agreement < 1)
+    ]
+    if failed:
+        worst = failed[0]
+        raise ExportDiffers(
+            f"{str(file)!r} differs from the model in {len(failed)} of {len(checks)} runs, first "
+            f"with gates {worst.gates}, batch {worst.batch}: max_rel {worst.max_rel:.2g}, top-1 "
+            f"same for {100 * worst.top1_agreement:.0f} %"
+        )
+    return Agreement(str(file), kind.name, tuple(checks), seen)
+
+
+def _class_of(model: nn.Module, outputs: list[Tensor]) -> str:
+    """Return the name of the largest output's class, or its number."""
+    best = int(outputs[0][0].flatten().argmax())
+    card = card_of(model)
+    names = card.categories if card is not None else None
+    return names[best] if names and best < len(names) else str(best)
