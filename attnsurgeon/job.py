@@ -10,33 +10,26 @@ from typing import Any
 from torch import nn
 
 from attnsurgeon import blocks
-from attnsurgeon.checkpoint import read_checkpoint
-from attnsurgeon.errors import BadOption, HostUnusable, IdentityBroken
+from attnsurgeon.errors import BadOption, IdentityBroken
+from attnsurgeon.example import as_inputs
 from attnsurgeon.export import export_model, export_suffixes
 from attnsurgeon.export.format import format_for
 from attnsurgeon.host import (
     DEFAULT_WEIGHTS,
     NO_WEIGHTS,
-    Given,
     Host,
     check_host,
-    finish,
-    load_host,
-    load_outline,
-    open_host,
 )
 from attnsurgeon.insertion import Insertion, count_new, cut_costs
 from attnsurgeon.network import check_has_numbers
+from attnsurgeon.opening import open_target
 from attnsurgeon.operation import operate
 from attnsurgeon.origin import sha256_of
 from attnsurgeon.outputs import check_output
 from attnsurgeon.plan import Plan
-from attnsurgeon.sites import Site, as_inputs, find_sites
-from attnsurgeon.sources import own, source_of
 from attnsurgeon.steps import Step, load_steps, plan_steps
-from attnsurgeon.store import is_model_file, load_model, save_model
+from attnsurgeon.store import is_model_file, save_model
 from attnsurgeon.surgery import attention_paths, count_parameters, is_new_key
-from attnsurgeon.training.trained import load_trained
 
 SAVED = ".safetensors"
 _OF_A_STEP = (
@@ -100,96 +93,6 @@ class InsertJob:
             stack=self.stack,
         )
         return (step.checked(),)
-
-
-def open_model(
-    model: str,
-    *,
-    weights: str = DEFAULT_WEIGHTS,
-    checkpoint: Path | None = None,
-    checkpoint_key: str | None = None,
-    num_classes: int | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    inputs: Sequence[str] = (),
-    host: Given | None = None,
-) -> nn.Module:
-    """Return what a MODEL argument names; see open_target."""
-    return open_target(
-        model,
-        weights=weights,
-        checkpoint=checkpoint,
-        checkpoint_key=checkpoint_key,
-        num_classes=num_classes,
-        arguments=arguments,
-        inputs=inputs,
-        host=host,
-    ).model
-
-
-def open_target(
-    model: str,
-    *,
-    weights: str = DEFAULT_WEIGHTS,
-    checkpoint: Path | None = None,
-    checkpoint_key: str | None = None,
-    num_classes: int | None = None,
-    arguments: Mapping[str, Any] | None = None,
-    inputs: Sequence[str] = (),
-    host: Given | None = None,
-) -> Host:
-    """Open what a MODEL argument names: a file of attnsurgeon, or a host with its weights.
-
-    Raises:
-        AttnSurgeonError: see load_model and open_host.
-        BadOption: an argument that a file, or a name, cannot take.
-    """
-    if checkpoint_key is not None and checkpoint is None:
-        raise BadOption("--checkpoint-key is for a --checkpoint; give that too")
-    if not is_model_file(model):
-        if host is not None:
-            raise BadOption(f"--host is for a file made from your own network; {model} names one")
-        return open_host(
-            model,
-            weights=weights,
-            checkpoint=checkpoint,
-            checkpoint_key=checkpoint_key,
-            num_classes=num_classes,
-            arguments=arguments,
-            inputs=inputs,
-        )
-    if num_classes is not None or arguments or weights not in (DEFAULT_WEIGHTS, NO_WEIGHTS):
-        raise BadOption(
-            f"{model!r} is a file with a network of its own: of --weights, --num-classes and "
-            "--model-arg it takes none; give --checkpoint for other weights"
-        )
-    loaded = load_model(model, host)
-    fit = None
-    if checkpoint is not None:
-        fit = load_trained(loaded, read_checkpoint(checkpoint, checkpoint_key))
-    return finish(Host(loaded, fit), inputs)
-
-
-def watch(
-    model: str,
-    arguments: Mapping[str, Any] | None = None,
-    inputs: Sequence[str] = (),
-    host: Given | None = None,
-) -> list[Site]:
-    """Return the sites of what a MODEL argument names, without memory for a host's weights.
-
-    Raises:
-        AttnSurgeonError: see open_model and find_sites.
-    """
-    given: dict[str, Any] = {"arguments": arguments, "inputs": inputs}
-    if host is not None or is_model_file(model):
-        return find_sites(open_model(model, weights=NO_WEIGHTS, host=host, **given))
-    check_host(model)
-    try:
-        return find_sites(load_outline(model, **given))
-    except HostUnusable:  # it asks for numbers, which an outline does not have
-        if source_of(model) is own:
-            raise
-        return find_sites(load_host(model, weights=NO_WEIGHTS, **given))
 
 
 def run_insert(job: InsertJob, progress: Callable[[str], None] = lambda text: None) -> Insertion:

@@ -12,12 +12,13 @@ from typing import Any
 from torch import nn
 
 from attnsurgeon.card import HostCard, card_of, give_card
+from attnsurgeon.example import as_inputs
 from attnsurgeon.liveness import Liveness
 from attnsurgeon.network import check_has_numbers, plain_network
 from attnsurgeon.origin import fingerprints, give_origin, origin_of
-from attnsurgeon.plan import Plan, as_patterns
+from attnsurgeon.plan import Plan
 from attnsurgeon.probes import probe_inputs
-from attnsurgeon.sites import as_inputs
+from attnsurgeon.selection import as_patterns
 from attnsurgeon.steps import Step, load_steps, plan_steps, read_steps
 from attnsurgeon.surgery import apply_plan
 from attnsurgeon.verify import Verdict, keep_promises

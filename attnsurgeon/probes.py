@@ -96,14 +96,22 @@ def arguments_in(mode: str, model: nn.Module, inputs: Inputs) -> Inputs:
 
 
 def _target(image: Tensor) -> dict[str, Tensor]:
-    """Return one object in the middle of an image, with all that any detector asks for."""
+    """Return objects of several sizes in an image, with all that any detector asks for.
+
+    A large one and a small one, so that the anchors of every scale are heard in the loss.
+    """
     height, width = image.shape[-2:]
-    box = torch.tensor([[width / 4, height / 4, width / 1.5, height / 1.5]])
-    mask = torch.zeros(1, height, width, dtype=torch.uint8)
-    mask[:, height // 4 : height // 2, width // 4 : width // 2] = 1
-    points = torch.tensor([[[width / 3, height / 3, 1.0]] * 17])
-    found = {"boxes": box, "labels": torch.ones(1, dtype=torch.int64), "masks": mask}
-    return {k: v.to(image.device) for k, v in {**found, "keypoints": points}.items()}
+    frame = torch.tensor([width, height, width, height], dtype=torch.float32)
+    corners = [(0.02, 0.02, 0.98, 0.98), (0.1, 0.2, 0.7, 0.8), (0.5, 0.1, 0.8, 0.4)]
+    boxes = torch.tensor([*corners, (0.3, 0.6, 0.42, 0.72)]) * frame
+    masks = torch.zeros(len(boxes), height, width, dtype=torch.uint8)
+    for mask, (left, top, right, bottom) in zip(masks, boxes.int().tolist(), strict=True):
+        mask[top : bottom + 1, left : right + 1] = 1
+    middles = (boxes[:, :2] + boxes[:, 2:]) / 2
+    points = torch.cat((middles, torch.ones(len(boxes), 1)), 1)[:, None].repeat(1, 17, 1)
+    labels = torch.ones(len(boxes), dtype=torch.int64)
+    found = {"boxes": boxes, "labels": labels, "masks": masks, "keypoints": points}
+    return {name: value.to(image.device) for name, value in found.items()}
 
 
 @contextmanager

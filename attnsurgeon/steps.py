@@ -14,8 +14,9 @@ from torch import nn
 from attnsurgeon import blocks
 from attnsurgeon.checkpoint import check_readable
 from attnsurgeon.errors import AttnSurgeonError, BadFile, BadOption, UnknownName
-from attnsurgeon.plan import Cut, Plan, check_request, make_plan, named_layers
+from attnsurgeon.plan import Cut, Plan, check_request, make_plan
 from attnsurgeon.schema import read_as
+from attnsurgeon.selection import named_layers
 from attnsurgeon.sites import Site, find_sites
 
 REPORTED = (

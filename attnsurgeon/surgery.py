@@ -21,7 +21,8 @@ from attnsurgeon.errors import (
     first_line,
     nearest,
 )
-from attnsurgeon.plan import Cut, Plan, as_patterns
+from attnsurgeon.plan import Cut, Plan
+from attnsurgeon.selection import as_patterns
 from attnsurgeon.wiring import splices, wire
 
 

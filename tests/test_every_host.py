@@ -9,12 +9,13 @@ from torch.utils._pytree import tree_leaves
 
 from attnsurgeon import blocks, survey
 from attnsurgeon.borrow import borrowed_buffers
+from attnsurgeon.example import as_inputs
 from attnsurgeon.gate import named_gates
 from attnsurgeon.host import DIGITS, host_names, load_host
 from attnsurgeon.liveness import _weighted_sum
 from attnsurgeon.plan import Plan, make_plan
 from attnsurgeon.probes import arguments_in, probe_inputs, small_resizes
-from attnsurgeon.sites import as_inputs, find_sites
+from attnsurgeon.sites import find_sites
 from attnsurgeon.surgery import apply_plan, attention_paths, is_new_key, remove_attention
 from attnsurgeon.verify import compare, record
 

@@ -16,7 +16,7 @@ from torch import nn
 import attnsurgeon
 from attnsurgeon.errors import AttnSurgeonError, HostUnusable
 from attnsurgeon.host import load_host
-from attnsurgeon.job import open_model
+from attnsurgeon.opening import open_model
 from attnsurgeon.store import load_plain, read_recipe
 
 README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")

@@ -17,7 +17,8 @@ from attnsurgeon.errors import (
     UnknownName,
 )
 from attnsurgeon.host import load_host
-from attnsurgeon.plan import make_plan, select_sites
+from attnsurgeon.plan import make_plan
+from attnsurgeon.selection import select_sites
 from attnsurgeon.sites import find_sites
 from attnsurgeon.surgery import attention_paths, cuts_of, is_new_key
 from tests import hosts

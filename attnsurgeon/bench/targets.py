@@ -19,9 +19,9 @@ from attnsurgeon.borrow import borrowed_randomness
 from attnsurgeon.card import card_of
 from attnsurgeon.checkpoint import check_readable
 from attnsurgeon.errors import BadFile, MissingPackage, UnknownName
+from attnsurgeon.example import as_inputs
 from attnsurgeon.gate import named_gates
 from attnsurgeon.host import host_names, load_host
-from attnsurgeon.sites import as_inputs
 from attnsurgeon.store import load_model, load_plain
 from attnsurgeon.surgery import cuts_of, remove_attention
 

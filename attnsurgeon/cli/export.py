@@ -84,7 +84,7 @@ def export(
     """
     from attnsurgeon.export import export_model
     from attnsurgeon.export.format import Settings, format_for
-    from attnsurgeon.job import open_target
+    from attnsurgeon.opening import open_target
     from attnsurgeon.outputs import check_output
     from attnsurgeon.report.artifact import show_artifact
 

@@ -39,7 +39,7 @@ def sites(
 
     Each comes with its kind, layout, measured shape, placements and the attention it can take.
     """
-    from attnsurgeon.job import watch
+    from attnsurgeon.opening import watch
     from attnsurgeon.report.sites import show_sites, site_to_json
 
     tell(f"watching {model}")

@@ -57,7 +57,7 @@ def verify(
 def _against(file: Path, model: str, images: Path | None, host: str | None, as_json: bool) -> None:
     from attnsurgeon.export.against import verify_export
     from attnsurgeon.export.format import format_for
-    from attnsurgeon.job import open_target
+    from attnsurgeon.opening import open_target
     from attnsurgeon.report.artifact import show_agreement
 
     format_for(file)

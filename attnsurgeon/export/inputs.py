@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attnsurgeon.borrow import borrowed_randomness
 from attnsurgeon.errors import BadOption, HostUnusable
-from attnsurgeon.sites import as_inputs
+from attnsurgeon.example import as_inputs
 from attnsurgeon.trial import runs_on
 
 LARGEST_SIDE = 2**14

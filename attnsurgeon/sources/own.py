@@ -24,7 +24,7 @@ from torch import nn
 from attnsurgeon.card import HostCard, give_card
 from attnsurgeon.checkpoint import check_readable
 from attnsurgeon.errors import AttnSurgeonError, BadOption, HostUnusable, UnknownName, first_line
-from attnsurgeon.sites import default_example
+from attnsurgeon.example import default_example
 
 Factory = Callable[..., Any]
 

@@ -13,8 +13,8 @@ from torchvision.models import WeightsEnum, get_model_builder, get_model_weights
 from attnsurgeon.builder import build_network, weights_on_meta
 from attnsurgeon.card import HostCard, give_card
 from attnsurgeon.errors import AttnSurgeonError, UnknownName
+from attnsurgeon.example import default_example
 from attnsurgeon.inputs import input_shapes
-from attnsurgeon.sites import default_example
 
 
 def knows(name: str) -> bool:
