@@ -9,6 +9,7 @@ from torch import nn
 
 import attnsurgeon
 from attnsurgeon.errors import ExportRefused
+from attnsurgeon.export import opening
 from attnsurgeon.export.opening import open_gates
 from attnsurgeon.export.proof import TOLERANCES, compare_outputs, gate_values, run_with_gates
 from attnsurgeon.plan import make_plan
@@ -103,3 +104,17 @@ def test_a_check_that_could_not_fail_is_refused(operated, tmp_path):
     with pytest.raises(ExportRefused, match="moves no output visibly"):
         attnsurgeon.export_model(silent, tmp_path / "x.pt", example=exports.EXAMPLE)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_gates_are_not_opened_to_where_rounding_shows():
+    """There two right engines would disagree, and a right file would be refused."""
+    from tests.test_contract import mixture
+
+    model = mixture("efficientnet_b0")
+    images = (torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0)),)
+    found = open_gates(model, images)
+    assert found.unseen == ()
+    opened = run_with_gates(model, found.values, images)
+    assert opening._noise(model, found.values, images, opened) < opening.NOISE * 1e-4
+    far = {name: 10 * value for name, value in found.values.items()}
+    assert not opening._noise(model, far, images, run_with_gates(model, far, images)) < 1e-4
