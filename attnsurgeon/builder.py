@@ -16,6 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torchvision.models import WeightsEnum, get_model_builder
 
+from attnsurgeon.borrow import borrowed_randomness
 from attnsurgeon.checkpoint import why_unreadable
 from attnsurgeon.errors import AttnSurgeonError, BadOption, WeightsUnavailable, first_line
 
@@ -133,3 +134,18 @@ def weights_on_meta() -> Iterator[None]:
             yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def without_memory(build: Callable[[], nn.Module]) -> nn.Module:
+    """Return what `build` makes, its weights on meta; a network that reads them meanwhile has them.
+
+    Some compute with their weights while they are built: those are built again, at random.
+    """
+    try:
+        with weights_on_meta():
+            return build()
+    except (RuntimeError, BadOption) as error:
+        if "meta" not in str(error):
+            raise
+    with borrowed_randomness(0):
+        return build()

@@ -13,7 +13,7 @@ from torch import nn
 from torchvision.models import list_models
 
 from attnsurgeon.borrow import borrowed_randomness
-from attnsurgeon.builder import weights_on_meta
+from attnsurgeon.builder import weights_on_meta, without_memory
 from attnsurgeon.card import WEIGHT_ARGUMENTS, HostCard, card_of, give_card
 from attnsurgeon.checkpoint import Fit, class_counts, load_checkpoint, read_checkpoint
 from attnsurgeon.errors import AttnSurgeonError, BadFile, BadOption, HostUnusable, MissingPackage
@@ -128,15 +128,14 @@ def load_outline(
     Raises:
         AttnSurgeonError: see load_host.
     """
-    if source_of(name) is not own:
-        try:
-            with weights_on_meta():
-                return load_host(name, weights=NO_WEIGHTS, arguments=arguments, inputs=inputs)
-        except RuntimeError as error:
-            if isinstance(error, AttnSurgeonError) or "meta" not in str(error):
-                raise
-    with borrowed_randomness(0):
+
+    def build() -> nn.Module:
         return load_host(name, weights=NO_WEIGHTS, arguments=arguments, inputs=inputs)
+
+    if source_of(name) is not own:
+        return without_memory(build)
+    with borrowed_randomness(0):
+        return build()
 
 
 def check_host(
@@ -257,9 +256,14 @@ def rebuild_host(card: HostCard, *, weightless: bool = False) -> nn.Module:
     source = source_of(card.name)
     if source is own or not source.knows(card.name):
         raise BadFile(f"the recipe's host {card.name!r} is no torchvision model")
+    name, arguments = card.name, card.arguments
+
+    def build() -> nn.Module:
+        made: nn.Module = source.make(name, NO_WEIGHTS, arguments)
+        return made
+
     try:
-        with weights_on_meta() if weightless else nullcontext():
-            model: nn.Module = source.make(card.name, NO_WEIGHTS, card.arguments)
+        model = without_memory(build) if weightless else build()
     except MissingPackage:
         raise
     except AttnSurgeonError as error:

@@ -249,8 +249,7 @@ def _rehearse(
         AttnSurgeonError: see rebuild_host and apply_plan.
     """
     if plain is None:
-        with weights_on_meta():
-            model = host_of(recipe.host).to("meta")
+        model = host_of(recipe.host, weightless=True).to("meta")
     else:
         with on_meta(plain):
             model = copy.deepcopy(plain)

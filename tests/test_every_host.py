@@ -160,3 +160,16 @@ def operate_everywhere(name):
     bare = remove_attention(model)
     assert list(bare.state_dict()) == list(state)
     assert [type(module) for module in bare.modules()] == classes
+
+
+@pytest.mark.parametrize(
+    "name", ["ssdlite320_mobilenet_v3_large", "raft_small", "swin_t", "r3d_18"]
+)
+def test_saved_loaded_and_verified(run, folder, name):
+    """Of every kind of input; the first computes with its weights while it is built."""
+    done = run(
+        "insert", name, "--weights", "none", "--block", "se", "--every", "5", "-o", "x.safetensors"
+    )
+    assert done.code == 0, done.err
+    assert run("verify", "x.safetensors", "--json").code == 0
+    assert run("sites", "x.safetensors", "--json").code == 0

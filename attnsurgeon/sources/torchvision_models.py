@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torchvision.models import WeightsEnum, get_model_builder, get_model_weights, list_models
 
-from attnsurgeon.builder import build_network, weights_on_meta
+from attnsurgeon.builder import build_network, without_memory
 from attnsurgeon.card import HostCard, give_card
 from attnsurgeon.errors import AttnSurgeonError, UnknownName
 from attnsurgeon.example import default_example
@@ -118,8 +118,7 @@ def _if_same(
     if get_model_builder(name).__module__ != kind.__module__:
         return None
     try:
-        with weights_on_meta():
-            candidate = build_network(name, arguments)
+        candidate = without_memory(lambda: build_network(name, arguments))
     except (AttnSurgeonError, TypeError, ValueError, RuntimeError):
         return None
     same = type(candidate) is kind and repr(candidate) == wanted
