@@ -339,3 +339,18 @@ class TestProgram:
         (tmp_path / "x.pt2").write_bytes(b"no zip file")
         with pytest.raises(BadFile, match=r"x\.pt2 is no program"):
             format_for("x.pt2").open(tmp_path / "x.pt2")
+
+
+def test_fused_attention_is_traced_operator_by_operator(tmp_path, capfd):
+    """torch runs its own attention as one operator in eval mode, which ONNX does not have."""
+    from attnsurgeon.host import load_host
+
+    torch.manual_seed(0)
+    host = load_host("vit_b_16", weights="none", arguments={"image_size": 32, "num_classes": 10})
+    torch.nn.init.normal_(host.heads.head.weight)
+    was_fused = torch.backends.mha.get_fastpath_enabled()
+    operated = attnsurgeon.insert_attention(host, "se", at="encoder.layers.encoder_layer_5")
+    artifact = attnsurgeon.export_model(operated, tmp_path / "x.onnx", exporter="torchscript")
+    assert all(check.passed for check in artifact.checks)
+    assert torch.backends.mha.get_fastpath_enabled() == was_fused
+    assert capfd.readouterr().out == ""

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
 import torch
@@ -41,8 +43,7 @@ def translate(model: nn.Module, inputs: Inputs, *, dynamic: bool, opset: int | N
         gate: torch.full_like(value, 2.0 + i)
         for i, (gate, value) in enumerate(named_gates(model).items())
     }
-    with gates_at(model, apart), torch.no_grad(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that it is deprecated, and the tracer's doubts
+    with gates_at(model, apart), torch.no_grad(), _plainly():
         try:
             torch.onnx.export(
                 model,
@@ -60,3 +61,20 @@ def translate(model: nn.Module, inputs: Inputs, *, dynamic: bool, opset: int | N
                 f"{first_line(error)}"
             ) from error
     return onnx_ir.from_proto(onnx.ModelProto.FromString(memory.getvalue()))
+
+
+@contextmanager
+def _plainly() -> Iterator[None]:
+    """Have attention of torch's own traced operator by operator, and the exporter say nothing.
+
+    It would warn that it is deprecated and doubt what it traces, and print the graph on stdout
+    where it fails; the fused operator of attention has no ONNX counterpart.
+    """
+    was_fused = torch.backends.mha.get_fastpath_enabled()
+    with warnings.catch_warnings(), redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            torch.backends.mha.set_fastpath_enabled(False)
+            yield
+        finally:
+            torch.backends.mha.set_fastpath_enabled(was_fused)
