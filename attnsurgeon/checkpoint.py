@@ -176,6 +176,10 @@ def _is_alike(tensor: Tensor, own: Tensor) -> bool:
         return False
     if own.is_floating_point():
         return tensor.dtype in FLOATS or tensor.dtype == own.dtype
+    if tensor.is_floating_point() and own.ndim == 0 and not own.is_complex():
+        return bool(
+            tensor == tensor.round()
+        )  # a counter, in a checkpoint that was halved as a whole
     return tensor.is_complex() == own.is_complex() and not tensor.is_floating_point()
 
 
@@ -205,7 +209,7 @@ def load_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> No
     fit_state(model, state, source)
     with torch.no_grad():
         for name, own in (*model.named_parameters(), *model.named_buffers()):
-            if name in state and own.dtype != state[name].dtype:
+            if name in state and own.dtype != state[name].dtype and own.is_floating_point():
                 own.data = own.data.to(state[name].dtype)
     # Copied, not assigned: a tensor that lies in a file at an odd address sends some kernels down
     # another path, and the last bit of the output with it.

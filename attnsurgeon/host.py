@@ -248,7 +248,7 @@ def rebuild_host(card: HostCard, *, weightless: bool = False) -> nn.Module:
         MissingPackage: timm, which built it, is not installed.
     """
     if card.name is None:
-        made_by = card.factory or f"path/to/file.py:{card.class_name}"
+        made_by = card.factory or "file.py:factory"
         raise HostUnusable(
             f"the file was made from your own {card.class_name} ({made_by}), and no code is run "
             f"because a file names it: give --host path/to/{made_by}, or host= to load_model"

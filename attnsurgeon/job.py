@@ -28,7 +28,7 @@ from attnsurgeon.origin import sha256_of
 from attnsurgeon.outputs import check_output
 from attnsurgeon.plan import Plan
 from attnsurgeon.steps import Step, load_steps, plan_steps
-from attnsurgeon.store import is_model_file, save_model
+from attnsurgeon.store import check_storable, is_model_file, save_model
 from attnsurgeon.surgery import attention_paths, count_parameters, is_new_key
 
 SAVED = ".safetensors"
@@ -116,6 +116,7 @@ def run_insert(job: InsertJob, progress: Callable[[str], None] = lambda text: No
     host = _open(job)
     for notice in host.notices:
         progress(notice)
+    check_storable(host.model)
     example = as_inputs(host.model, None)
     plan = plan_steps(host.model, example, steps)
     work = _Work(job, steps, host, plan)

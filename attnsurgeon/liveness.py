@@ -22,7 +22,7 @@ from attnsurgeon.borrow import (
 )
 from attnsurgeon.errors import HostUnusable
 from attnsurgeon.gate import named_gates
-from attnsurgeon.probes import Inputs, arguments_in, small_resizes
+from attnsurgeon.probes import Inputs, arguments_in, small_resizes, unfolded
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,15 @@ def _with_gradient(model: nn.Module, gates: dict[str, nn.Parameter], inputs: Inp
         if not loss.requires_grad:  # as where a detector found nothing
             return set()
         # Only the gates are asked for: no gradient of the host's weights is computed or kept.
-        found = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
+        try:
+            found = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
+        except RuntimeError as error:
+            if "inplace" not in str(error):
+                raise
+            raise HostUnusable(
+                f"{type(model).__name__} changes in place what attention has read, so that it "
+                "cannot be trained; choose other sites by --at, or write x = x + y for x += y"
+            ) from error
     return {
         name
         for name, gradient in zip(gates, found, strict=True)
@@ -133,7 +141,9 @@ def _with_gradient(model: nn.Module, gates: dict[str, nn.Parameter], inputs: Inp
 
 def _weighted_sum(output: Any) -> Tensor:
     """Return a scalar that hears every output; a plain sum is blind to what a softmax does."""
-    leaves = [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    leaves = [
+        t for t in tree_leaves(unfolded(output)) if isinstance(t, Tensor) and t.is_floating_point()
+    ]
     if not leaves:
         return torch.zeros(())
     weights = (torch.randn(leaf.shape).to(leaf.device, leaf.dtype) for leaf in leaves)
@@ -159,7 +169,7 @@ def _with_effect(model: nn.Module, gates: dict[str, nn.Parameter], inputs: Input
 
 def _leaves(model: nn.Module, inputs: Inputs) -> list[Any]:
     with torch.no_grad(), borrowed_buffers(model), borrowed_randomness(0), borrowed_numerics():
-        return list(tree_leaves(model(*inputs)))
+        return list(tree_leaves(unfolded(model(*inputs))))
 
 
 def same(a: Any, b: Any) -> bool:

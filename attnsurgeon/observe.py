@@ -234,7 +234,7 @@ def _watch_on_meta(model: nn.Module, inputs: tuple[Any, ...]) -> Observation | N
     try:
         with watch.hooks(), on_meta(model), watch:
             return watch.finish(model(*watch.inputs))
-    except Exception as error:  # whatever cannot be done on meta tensors is tried for real
+    except (Exception, SystemExit) as error:  # what cannot be done on meta is tried for real
         is_outline = any(parameter.is_meta for parameter in model.parameters())  # has no numbers
         if not _asks_for_numbers(error) or not (
             is_outline or _has_seen_its_kinds(model, watch.seen)
@@ -245,7 +245,7 @@ def _watch_on_meta(model: nn.Module, inputs: tuple[Any, ...]) -> Observation | N
     return watch.seen
 
 
-def _asks_for_numbers(error: Exception) -> bool:
+def _asks_for_numbers(error: BaseException) -> bool:
     return isinstance(error, NotImplementedError) or "meta tensors" in str(error)
 
 
@@ -263,7 +263,7 @@ def _watch_for_real(model: nn.Module, inputs: tuple[Any, ...]) -> Observation:
     try:
         with watch.hooks(), watch:
             return watch.finish(model(*inputs))
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         shapes = [tuple(leaf.shape) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
         raise HostUnusable(
             f"{type(model).__name__} does not run on inputs of shape {shapes}: "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from attnsurgeon.borrow import borrowed_randomness
 from attnsurgeon.errors import HostUnusable, first_line
@@ -93,6 +94,17 @@ def arguments_in(mode: str, model: nn.Module, inputs: Inputs) -> Inputs:
     if "targets" not in inspect.signature(model.forward).parameters:
         return inputs
     return (images, [_target(image) for image in images])
+
+
+def unfolded(output: Any) -> Any:
+    """Return an output with plain dataclasses in it as mappings, so that their tensors are seen."""
+
+    def unfold(leaf: Any) -> Any:
+        if not dataclasses.is_dataclass(leaf) or isinstance(leaf, type):
+            return leaf
+        return {item.name: unfolded(getattr(leaf, item.name)) for item in dataclasses.fields(leaf)}
+
+    return tree_map(unfold, output)
 
 
 def _target(image: Tensor) -> dict[str, Tensor]:

@@ -46,6 +46,8 @@ def select_sites(
     if kind is None and named != set(wanted):
         kind = default_kind(sites)
     pool = [s for s in sites if s.kind == kind or any(_is_called(s, name) for name in named)]
+    if not pool:
+        raise NoSites(f"the network has no site of kind {kind}; `attnsurgeon sites` shows them")
     _check_patterns(pool, [name for name in (*wanted, *unwanted) if name not in named], kind)
     known = {site.stage for site in pool}
     numbers = list(stages)

@@ -13,6 +13,7 @@ from torch import nn
 
 from attnsurgeon import blocks
 from attnsurgeon.anatomy import own_class
+from attnsurgeon.blocks.block import AttentionBlock
 from attnsurgeon.errors import NoSites, PlacementUnavailable
 from attnsurgeon.example import as_inputs
 from attnsurgeon.network import plain_network
@@ -121,10 +122,15 @@ def find_sites(model: nn.Module, example: Any = None, *, named: Iterable[str] = 
     joins = _joins_by_path(seen)
     classes = {own_class(modules[p]) for p, join in joins.items() if join.kind == "addition"}
     wanted = list(named)
+    attention = [path for path, module in modules.items() if isinstance(module, AttentionBlock)]
     sites = []
     for path, visit in list(seen.visits.items()):
         module = modules[path]
         if not path or not visit.count:
+            continue
+        if any(f"{path}.".startswith(f"{inside}.") for inside in attention):
+            if path in wanted:
+                raise PlacementUnavailable(f"{path} is attention itself; name a module of the host")
             continue
         if path in joins:
             site = finder.joining(module, joins[path])
@@ -158,7 +164,7 @@ def _offer_activations(
     offered = [
         finder.alone("layer", path, modules[path])
         for path, visit in seen.visits.items()
-        if path not in known and visit.out_layout and visit.operators & _ACTIVATIONS
+        if path and path not in known and visit.out_layout and visit.operators & _ACTIVATIONS
     ]
     order = {path: i for i, path in enumerate(seen.visits)}
     return sorted([*sites, *offered], key=lambda site: order[site.path])

@@ -7,6 +7,7 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -37,6 +38,12 @@ from attnsurgeon.training.stripping import take_gates, ungated
 
 DEPLOYED = (".onnx", ".pt", ".pth", ".ckpt")
 """Suffixes that mean a file, though not one that a network is loaded from."""
+STORABLE = {
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.bool),
+    *(torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8),
+    *(torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2),
+}
+"""Kinds of numbers that safetensors has."""
 KEY = "attnsurgeon"
 """The one metadata key; with two, their order in the file would be left to chance."""
 
@@ -66,6 +73,7 @@ def save_model(
         OutputRefused: the file cannot be written, or exists and `force` is not given.
     """
     model, _ = unwrap(model)
+    check_storable(model)
     recipe = make_recipe(model)
     state = model.state_dict()
     if only is not None:
@@ -129,11 +137,33 @@ def _separate(state: dict[str, Tensor]) -> dict[str, Tensor]:
     apart = {}
     for key, tensor in state.items():
         plain = tensor.detach().contiguous()
-        if plain.data_ptr() in seen and plain.numel():
+        memory = plain.untyped_storage().data_ptr()
+        if memory in seen and plain.numel():
             plain = plain.clone()
-        seen.add(plain.data_ptr())
+        seen.add(memory)
         apart[key] = plain
     return apart
+
+
+def check_storable(model: nn.Module) -> None:
+    """Refuse a network whose state a safetensors file cannot hold.
+
+    Raises:
+        HostUnusable: an entry is no tensor, is sparse or quantized, or of a dtype that it lacks.
+    """
+    for key, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            found = f"a {type(value).__name__}"
+        elif value.layout != torch.strided or value.is_quantized:
+            found = f"a tensor of layout {str(value.layout).removeprefix('torch.')}"
+        elif value.dtype not in STORABLE:
+            found = f"of dtype {str(value.dtype).removeprefix('torch.')}"
+        else:
+            continue
+        raise HostUnusable(
+            f"{key} of {type(model).__name__} is {found}, which a .safetensors file cannot hold; "
+            "keep it out of the state dict (persistent=False)"
+        )
 
 
 def is_model_file(text: str | os.PathLike[str]) -> bool:

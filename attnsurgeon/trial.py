@@ -50,4 +50,6 @@ def _error_of(model: nn.Module, inputs: tuple[Any, ...]) -> Exception | None:
         model(*inputs)
     except Exception as error:  # of the user's network: it may be anything
         return error
+    except SystemExit as error:
+        return RuntimeError(f"it ends the program with {error.code}")
     return None

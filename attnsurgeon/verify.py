@@ -18,7 +18,7 @@ from attnsurgeon.borrow import (
 )
 from attnsurgeon.errors import HostUnusable, IdentityBroken, first_line
 from attnsurgeon.liveness import Liveness, check_liveness, same
-from attnsurgeon.probes import Inputs, arguments_in, small_resizes
+from attnsurgeon.probes import Inputs, arguments_in, small_resizes, unfolded
 
 MODES = ("eval", "train")
 
@@ -60,7 +60,10 @@ def record(model: nn.Module, inputs: Sequence[Inputs]) -> list[Run]:
         for batch in inputs:
             try:
                 run = _run(model, batch, mode)
-            except Exception as error:  # it is the user's network: any failure is its own
+            except (
+                Exception,
+                SystemExit,
+            ) as error:  # of the user's network: any failure is its own
                 raise HostUnusable(
                     f"{type(model).__name__} fails on {_shapes(batch)} in {mode} mode: "
                     f"{first_line(error)}; give a network and weights that run"
@@ -87,7 +90,7 @@ def _run(model: nn.Module, inputs: Inputs, mode: str) -> Run:
         borrowed_numerics(),
     ):
         model.train(mode == "train")
-        leaves, structure = tree_flatten(model(*arguments_in(mode, model, inputs)))
+        leaves, structure = tree_flatten(unfolded(model(*arguments_in(mode, model, inputs))))
         # A host may hand out a buffer of its own: what it held must not change under us.
         leaves = [leaf.clone() if isinstance(leaf, Tensor) else leaf for leaf in leaves]
         buffers = {}
@@ -163,7 +166,15 @@ def keep_promises(
     with small_resizes(model):
         before = record(model, inputs)
         operate()
-        verdict = compare(before, model)
+        try:
+            verdict = compare(before, model)
+        except (
+            Exception
+        ) as error:  # the host's own code met the attention, as in a walk of children
+            raise IdentityBroken(
+                f"the operated network fails where its host runs: {first_line(error)}; nothing was "
+                "kept; choose other sites by --at or --exclude"
+            ) from error
     if not verdict.exact:
         raise IdentityBroken(
             f"the operated network is not the same: {verdict.differences[0]}"
@@ -171,9 +182,15 @@ def keep_promises(
         )
     liveness = check_liveness(model, inputs[0])
     if liveness.dead:
+        first = liveness.dead[0]
         raise IdentityBroken(
-            f"{len(liveness.dead)} of {liveness.gates} gates cannot learn, the first "
-            f"{liveness.dead[0]}: no gradient reaches it or opening it changes no output (is the "
-            "branch it scales all zero?); nothing was kept; try --placement post"
+            f"{len(liveness.dead)} of {liveness.gates} gates cannot learn, the first {first}: no "
+            "gradient reaches it or opening it changes no output (is the branch it scales all "
+            f"zero?); nothing was kept; give --exclude {_site_of(first)!r} or another --placement"
         )
     return verdict, liveness
+
+
+def _site_of(gate: str) -> str:
+    """Return the path of the site whose attention a gate belongs to."""
+    return gate.partition(".attention_")[0]

@@ -16,7 +16,8 @@ import itertools
 import linecache
 import operator
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -110,7 +111,7 @@ def wire(block: nn.Module, wanted: tuple[Splice, ...]) -> None:
     """
     host = own_class(block)
     if not wanted:
-        block.__class__ = host
+        object.__setattr__(block, "__class__", host)
         block.__dict__.pop("_splices", None)
         return
     members = {
@@ -123,8 +124,24 @@ def wire(block: nn.Module, wanted: tuple[Splice, ...]) -> None:
         "__qualname__": host.__qualname__,
         "__doc__": host.__doc__,
     }
-    block.__class__ = type(host.__name__, (host,), members)
+    with _unannounced(host):
+        spliced = type(host.__name__, (host,), members)
+    object.__setattr__(block, "__class__", spliced)
     block.__dict__["_splices"] = wanted
+
+
+@contextmanager
+def _unannounced(host: type[nn.Module]) -> Iterator[None]:
+    """Keep a new class from classes that list their subclasses, or ask something of them."""
+    name = "__init_subclass__"
+    held = [(kind, kind.__dict__[name]) for kind in host.__mro__[:-1] if name in kind.__dict__]
+    try:
+        for kind, _ in held:
+            setattr(kind, name, classmethod(lambda cls, **settings: None))
+        yield
+    finally:
+        for kind, told in held:
+            setattr(kind, name, told)
 
 
 def _deepcopy(block: nn.Module, memo: dict[int, Any]) -> nn.Module:

@@ -1,6 +1,7 @@
 """Sites are observed: in networks nobody listed, with everything lent given back."""
 
 import copy
+import dataclasses
 import re
 import types
 
@@ -11,6 +12,7 @@ from torch import nn
 import attnsurgeon
 from attnsurgeon.errors import (
     HostUnusable,
+    IdentityBroken,
     NoSites,
     PatternUnmatched,
     PlacementUnavailable,
@@ -576,3 +578,73 @@ class TestUnusable:
         assert [site.path for site in find_sites(nn.DataParallel(OwnNet()), EXAMPLE)] == paths
         compiled = torch.compile(OwnNet(), backend="eager")
         assert [site.path for site in find_sites(compiled, EXAMPLE)] == paths
+
+
+class Announcing(nn.Module):
+    """A base class that keeps a list of its subclasses."""
+
+    known = {}
+
+    def __init_subclass__(cls, *, tag):
+        Announcing.known[tag] = cls
+
+
+class Announced(OwnBlock, Announcing, tag="block"):
+    """A block that is on the list."""
+
+
+class InPlace(OwnBlock):
+    def forward(self, features):
+        return features.add_(self.narrow(torch.relu(self.n2(self.spread(features)))))
+
+
+class Walking(OwnNet):
+    """A network that looks into each of its blocks."""
+
+    def forward(self, x):
+        return super().forward(x) + sum(block.narrow.weight.mean() for block in self.trunk)
+
+
+def test_classes_that_list_their_subclasses_do_not_hear_of_the_spliced_one():
+    host = OwnNet(block=Announced).eval()
+    operated = attnsurgeon.insert_attention(host, "se", placement="standard", example=EXAMPLE)
+    image = torch.randn(2, 3, 32, 32)
+    assert torch.equal(copy.deepcopy(operated)(image), host(image))
+    assert Announcing.known == {"block": Announced}
+    with pytest.raises(TypeError, match="tag"):
+        type("Another", (Announced,), {})
+
+
+def test_a_block_that_changes_its_input_in_place_is_refused():
+    host = OwnNet(block=InPlace)
+    host.trunk = nn.Sequential(InPlace(8), InPlace(8))
+    host.head = nn.Linear(8, 5)
+    with pytest.raises(HostUnusable, match="in place"):
+        attnsurgeon.insert_attention(host, "se", example=EXAMPLE)
+
+
+def test_a_network_that_walks_a_sequence_is_refused_there():
+    with pytest.raises(IdentityBroken, match="fails where its host runs"):
+        attnsurgeon.insert_attention(Walking(), "se", at="trunk", example=EXAMPLE)
+
+
+def test_attention_is_no_site():
+    operated = attnsurgeon.insert_attention(OwnNet(), "se", example=EXAMPLE)
+    with pytest.raises(PlacementUnavailable, match="is attention itself"):
+        attnsurgeon.insert_attention(operated, "se", at="trunk.0.attention_post", example=EXAMPLE)
+    found = find_sites(operated, EXAMPLE, named=["trunk.0.*"])
+    assert not any("attention" in site.path for site in found)
+
+
+def test_outputs_may_be_plain_dataclasses():
+    class Told(OwnNet):
+        def forward(self, x):
+            return Output(super().forward(x), 1)
+
+    @dataclasses.dataclass
+    class Output:
+        logits: torch.Tensor
+        count: int
+
+    operated = attnsurgeon.insert_attention(Told(), "se", example=EXAMPLE)
+    assert len(attnsurgeon.gates(operated)) == 3

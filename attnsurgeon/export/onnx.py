@@ -95,6 +95,33 @@ def _check_bytes(model: nn.Module) -> None:
         )
 
 
+def _check_numbers(model: nn.Module) -> None:
+    """Refuse weights that ONNX Runtime cannot compute with on the CPU, where files are checked.
+
+    Raises:
+        ExportRefused: bfloat16.
+    """
+    if any(tensor.dtype == torch.bfloat16 for tensor in model.state_dict().values()):
+        raise ExportRefused(
+            f"{type(model).__name__} is in bfloat16, which ONNX Runtime does not compute with on "
+            "the CPU; export model.float(), or to .pt"
+        )
+
+
+def _name_gates(translated: Any, model: nn.Module) -> None:
+    """Call each gate by its first path, as named_gates does; a shared module has several."""
+    initializers = translated.graph.initializers
+    paths: dict[int, list[str]] = {}
+    for path, parameter in model.named_parameters(remove_duplicate=False):
+        paths.setdefault(id(parameter), []).append(path)
+    for name, gate in named_gates(model).items():
+        other = next((path for path in paths[id(gate)] if path in initializers), None)
+        if name not in initializers and other is not None:
+            value = initializers.pop(other)
+            value.name = name
+            initializers[name] = value
+
+
 class _OnnxDraft(Draft):
     def __init__(
         self, model: Any, metadata: Mapping[str, str], notices: tuple[str, ...] = ()
@@ -166,7 +193,9 @@ class Onnx(Format):
         """
         self.check(settings)
         _check_bytes(model)
+        _check_numbers(model)
         translated, notices = _translate(model, inputs, settings)
+        _name_gates(translated, model)
         with _as_inputs(translated, named_gates(model)):
             _optimize(translated, settings.opset)
         translated.ir_version = min(translated.ir_version, newest_ir())
