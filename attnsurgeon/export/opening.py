@@ -59,11 +59,13 @@ def open_gates(model: nn.Module, inputs: Inputs) -> Opening:
     best: Opening | None = None
     reference = run_with_gates(model, gate_values(model), inputs)
     tolerance = tolerance_of(reference)
+    closed = {name: torch.zeros_like(value) for name, value in openings.items()}
+    own_noise = _noise(model, closed, inputs, run_with_gates(model, closed, inputs))
     for _ in range(ROUNDS):
         opened = run_with_gates(model, openings, inputs)
         moved = compare_outputs(reference, opened, tolerance)[1]
         noise = _noise(model, openings, inputs, opened)
-        if not math.isfinite(moved) or not noise < NOISE * tolerance:
+        if not math.isfinite(moved) or not noise < max(NOISE * tolerance, 3 * own_noise):
             if openings is sound:
                 openings = sound = {name: value / 2 for name, value in sound.items()}
             else:  # too far: half way back, as factors go
