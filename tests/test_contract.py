@@ -54,6 +54,12 @@ def open_gates(model, seed=0):
             gate.copy_(0.25 + 0.75 * torch.rand(1, generator=generator))
 
 
+def computes_the_same(one, other):
+    """Compare two networks in eval mode, where nothing of them changes."""
+    with torch.no_grad():
+        return torch.equal(one.eval()(BATCHES[0]), other.eval()(BATCHES[0]))
+
+
 @pytest.mark.parametrize(("name", "block", "placement"), CASES)
 def test_contract(name, block, placement, tmp_path):
     host = hosts.host(name)
@@ -128,20 +134,20 @@ def hold_to_the_contract(host, before, operated, tmp_path):
     # opened gates are noticed
     opened = copy.deepcopy(operated)
     open_gates(opened)
-    assert not verify_unchanged(host, opened, BATCHES[0]).exact
+    assert not computes_the_same(host, opened)
 
     # saved and loaded, gates open, so that what is behind them counts
     file = tmp_path / "operated.safetensors"
     save_model(opened, file)
     loaded = load_model(file)
-    assert verify_unchanged(opened, loaded, BATCHES[0]).exact
+    assert computes_the_same(opened, loaded)
     assert loaded.state_dict().keys() == state.keys()
 
     # reversible
     bare = attnsurgeon.remove_attention(loaded)
     assert list(bare.state_dict()) == list(before)
     assert [type(m) for m in bare.modules()] == [type(m) for m in host.modules()]
-    assert verify_unchanged(host, bare, BATCHES[0]).exact
+    assert computes_the_same(host, bare)
 
 
 def test_the_cases_are_not_empty():

@@ -34,9 +34,11 @@ def _smallest_of_each():
     return sorted({_family(name): name for name in by_size}.values())
 
 
-SMALLEST = [name for name in _smallest_of_each() if not name.startswith("mvit")]
-"""One network of each design. The others, and the two that take nothing but a full clip, are for
-tests/benchmarks/every_host.py: all of them take half an hour."""
+SLOW = re.compile("mvit|s3d|keypoint|ssd300|quantized_(inception|googlenet)")
+"""Those that take nothing but a full clip, run Python for each box, or repeat another design."""
+SMALLEST = [name for name in _smallest_of_each() if not SLOW.match(name)]
+"""One network of each design. The others are for tests/benchmarks/every_host.py: all of them take
+half an hour."""
 OTHERS = sorted(set(NAMES) - set(SMALLEST))
 WANTED = (("se", "post"), ("se", "standard"), ("gc", "standard"))
 
@@ -162,9 +164,7 @@ def operate_everywhere(name):
     assert [type(module) for module in bare.modules()] == classes
 
 
-@pytest.mark.parametrize(
-    "name", ["ssdlite320_mobilenet_v3_large", "raft_small", "swin_t", "r3d_18"]
-)
+@pytest.mark.parametrize("name", ["ssdlite320_mobilenet_v3_large", "swin_t"])
 def test_saved_loaded_and_verified(run, folder, name):
     """Of every kind of input; the first computes with its weights while it is built."""
     done = run(
