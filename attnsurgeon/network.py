@@ -6,25 +6,22 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.ao.nn.quantized import FloatFunctional, FXFloatFunctional
 from torch.nn.parameter import is_lazy
-from torch.nn.utils.prune import BasePruningMethod
-from torch.nn.utils.spectral_norm import SpectralNorm
-from torch.nn.utils.weight_norm import WeightNorm
 from torch.optim.swa_utils import AveragedModel
 
 from attnsurgeon.errors import HostUnusable
 
 _PARALLEL = (nn.DataParallel, nn.parallel.DistributedDataParallel, AveragedModel)
 _QUANTIZED = ("torch.ao.nn.quantized", "torch.ao.nn.intrinsic.quantized", "torch.ao.nn.sparse")
-_FLOAT = (FloatFunctional, FXFloatFunctional)
-"""What stands for an operation in networks that can be quantized and are not."""
-_HOOKS: dict[type, str] = {
-    WeightNorm: "torch.nn.utils.remove_weight_norm(module), or use parametrizations.weight_norm",
-    SpectralNorm: (
+_FLOAT = {"FloatFunctional", "FXFloatFunctional"}
+"""What stands for an operation in networks that can be quantized and are not; by name, since
+importing quantization takes longer than needed."""
+_HOOKS = {
+    "WeightNorm": "torch.nn.utils.remove_weight_norm(module), or use parametrizations.weight_norm",
+    "SpectralNorm": (
         "torch.nn.utils.remove_spectral_norm(module), or use parametrizations.spectral_norm"
     ),
-    BasePruningMethod: "torch.nn.utils.prune.remove(module, name)",
+    "BasePruningMethod": "torch.nn.utils.prune.remove(module, name)",
 }
 """Hooks that compute a weight before each run and leave it on the module, and what ends that."""
 _SHARDED = {"FullyShardedDataParallel", "FSDPModule"}
@@ -90,7 +87,7 @@ def _check_module(path: str, module: nn.Module) -> None:
         raise HostUnusable(f"{what} is TorchScript already; operate on it before scripting")
     if _SHARDED & {kind.__name__ for kind in type(module).__mro__}:
         raise HostUnusable(f"{what} is sharded by FSDP; operate on it before it is sharded")
-    if type(module).__module__.startswith(_QUANTIZED) and not isinstance(module, _FLOAT):
+    if type(module).__module__.startswith(_QUANTIZED) and type(module).__name__ not in _FLOAT:
         raise HostUnusable(
             f"{what} is quantized ({type(module).__name__}); operate on the float network, and "
             "quantize the result"
@@ -106,7 +103,7 @@ def _check_module(path: str, module: nn.Module) -> None:
         )
     for hook in module._forward_pre_hooks.values():
         for kind, remedy in _HOOKS.items():
-            if isinstance(hook, kind):
+            if kind in {one.__name__ for one in type(hook).__mro__}:
                 raise HostUnusable(
                     f"{what} has a weight that a hook computes ({type(hook).__name__}); end that "
                     f"with {remedy}"

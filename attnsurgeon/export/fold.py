@@ -8,12 +8,14 @@ before they are translated.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
 from torch.fx import Node
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram  # 0.1 s that only an export need wait for
 
 _CONVOLUTIONS = (
     torch.ops.aten.conv1d.default,

@@ -5,12 +5,10 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.export import ExportedProgram
-from torch.export.graph_signature import InputKind
 
 from attnsurgeon.errors import BadFile, first_line
 from attnsurgeon.export.format import (
@@ -27,6 +25,9 @@ from attnsurgeon.export.format import (
 )
 from attnsurgeon.export.inputs import Inputs, free_axes, on_cpu
 from attnsurgeon.export.onnx_dynamo import export_program
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram  # 0.1 s that only an export need wait for
 
 
 class _ProgramDraft(Draft):
@@ -105,7 +106,7 @@ def _fixed_axes(program: ExportedProgram) -> tuple[str, ...]:
     held = {
         spec.arg.name
         for spec in program.graph_signature.input_specs
-        if spec.kind is InputKind.USER_INPUT
+        if spec.kind.name == "USER_INPUT"
     }
     return tuple(
         f"{node.name}.{axis}"
