@@ -110,6 +110,9 @@ NET = """
     def pair():
         return TinyNet(), 224
 
+    async def later():
+        return TinyNet()
+
     ready = TinyNet()
     table = {}
 """
@@ -398,6 +401,7 @@ class TestFactories:
             ("leaves", ["net.py:leaves() raised SystemExit: 3"]),
             ("number", ["returned int, no torch.nn.Module"]),
             ("pair", ["returned tuple, no torch.nn.Module"]),
+            ("later", ["net.py:later is async", "without async"]),
             ("needs", ["needs(width, depth)", "'width'", "--model-arg NAME=VALUE"]),
             ("table", ["is dict, nothing that makes a network"]),
             ("biuld", ["'biuld'", "did you mean 'build'?"]),
