@@ -254,7 +254,10 @@ def _unfit(error: AttnSurgeonError, source: str, plain: nn.Module | None) -> Att
     """Return what is wrong: the host that was given, or else the file."""
     if plain is not None:
         kind = type(plain).__name__
-        return HostUnusable(f"this {kind} is not the one that {source} was made from: {error}")
+        return HostUnusable(
+            f"this {kind}, given by --host or host=, is not the one that {source} was made from: "
+            f"{error}"
+        )
     if isinstance(error, CheckpointMismatch):
         return BadFile(f"the recipe of {source} does not fit its tensors: {error}")
     return BadFile(f"the recipe of {source} does not fit: {error}")
