@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from torchvision.models import list_models
 
+from attnsurgeon.arguments import typed
 from attnsurgeon.borrow import borrowed_randomness
 from attnsurgeon.builder import weights_on_meta, without_memory
 from attnsurgeon.card import WEIGHT_ARGUMENTS, HostCard, card_of, give_card
@@ -226,6 +227,7 @@ def finish(host: Host, inputs: Sequence[str] = ()) -> Host:
     return Host(model.eval(), host.fit, (*host.notices, *notices))
 
 
+@typed
 @contextmanager
 def naming_host(given: Given | None) -> Iterator[None]:
     """Have files of a network of your own loaded with this host, wherever that is done inside.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attnsurgeon.arguments import typed
 from attnsurgeon.bench.cost import check_axes, check_comparable, count_cost
 from attnsurgeon.bench.engines import Place
 from attnsurgeon.bench.environment import describe
@@ -40,6 +41,7 @@ class BenchInterrupted(KeyboardInterrupt):
         self.report = report
 
 
+@typed
 def compare_speed(
     targets: Sequence[str | os.PathLike[str] | nn.Module],
     *,
