@@ -71,6 +71,7 @@ class Observation:
         scalings: modules that multiply a map by one number per channel or position of it: they
             are attention of the network's own.
         tokens: number of tokens in front of the positions of NLC maps.
+        taken_apart: sequences whose modules others than themselves walk, count or slice.
         complete: whether the pass came to its end; on meta tensors one that asks for numbers
             cannot.
     """
@@ -80,4 +81,5 @@ class Observation:
     visits: dict[str, Visits] = field(default_factory=lambda: defaultdict(Visits))
     scalings: list[str] = field(default_factory=list)
     tokens: int = 0
+    taken_apart: set[str] = field(default_factory=set)
     complete: bool = True

@@ -31,6 +31,7 @@ from attnsurgeon.errors import HostUnusable, first_line
 from attnsurgeon.network import check_mode
 from attnsurgeon.observation import Convolution, Join, Observation, Shape
 from attnsurgeon.tracks import Tracks, name_of
+from attnsurgeon.walks import noticing_walks
 
 
 @dataclass(frozen=True)
@@ -158,12 +159,20 @@ class _Watch(TorchDispatchMode):
     def hooks(self) -> Iterator[None]:
         """Follow which module runs; the hooks are taken off again whatever happens."""
         handles = []
+        paths = {id(module): path for path, module in self.model.named_modules()}
+
+        def take_apart(sequence: nn.Module) -> None:
+            by_itself = self.stack and self.stack[-1].module is sequence
+            if not by_itself and id(sequence) in paths:
+                self.seen.taken_apart.add(paths[id(sequence)])
+
         try:
             for path, module in self.model.named_modules():
                 enter, leave = self._enter(path), self._leave(path)
                 handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
                 handles.append(module.register_forward_hook(leave))
-            yield
+            with noticing_walks(take_apart):
+                yield
         finally:
             for handle in handles:
                 handle.remove()

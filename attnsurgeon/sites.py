@@ -125,6 +125,7 @@ def find_sites(model: nn.Module, example: Any = None, *, named: Iterable[str] = 
     classes = {own_class(modules[p]) for p, join in joins.items() if join.kind == "addition"}
     wanted = list(named)
     attention = [path for path, module in modules.items() if isinstance(module, AttentionBlock)]
+    _check_run(seen, modules, wanted)
     sites = []
     for path, visit in list(seen.visits.items()):
         module = modules[path]
@@ -151,6 +152,19 @@ def find_sites(model: nn.Module, example: Any = None, *, named: Iterable[str] = 
             "an activation that returns a feature map; choose another network, such as resnet50"
         )
     return _number_stages(sites)
+
+
+def _check_run(seen: Observation, modules: Mapping[str, nn.Module], wanted: Sequence[str]) -> None:
+    """Refuse a module named in full that is never run itself, as one whose children others walk.
+
+    Raises:
+        PlacementUnavailable: there is nothing that attention could follow.
+    """
+    for path in wanted:
+        if path in modules and seen.complete and path not in seen.visits:
+            names = [name for name, _ in modules[path].named_children()]
+            told = f"; name one in it that is, such as {path}.{names[-1]}" if names else ""
+            raise PlacementUnavailable(f"{path} is not run itself in eval mode{told}")
 
 
 def _is_wanted(path: str, patterns: Iterable[str]) -> bool:

@@ -62,7 +62,7 @@ def post_spot(module: nn.Module, seen: Observation, path: str) -> Spot:
         raise PlacementUnavailable(f"it runs {visit.count} times, with different widths")
     _check_read(seen, path)
     spot = _spot("post", visit.out_shape, visit.out_layout, seen)
-    check_follows(module, spot.splice)
+    check_follows(module, spot.splice, whole=path not in seen.taken_apart)
     return spot
 
 
