@@ -15,7 +15,7 @@ from attnsurgeon.observation import Convolution, Join, Observation, Shape
 from attnsurgeon.wiring import Splice, check_follows, check_place
 
 PLACEMENTS = ("post", "standard", "pre", "identity", "conv", "replace")
-"""All placements, by the names of the Squeeze-and-Excitation paper (section 6.4), and `replace`."""
+"""All placements, by the names of the Squeeze-and-Excitation paper, and `replace`."""
 
 Traced = tuple[fx.Graph, Anatomy | None]
 """The graph of a block's own forward, and its parts."""
