@@ -45,7 +45,8 @@ class Visits:
     """How often a module ran, and what its first run saw.
 
     `widths` are the channels of what its runs returned, `operators` what it called itself;
-    `is_read` tells whether anything reads the positions of what it returned, beside its tokens.
+    `is_read` tells whether anything reads the positions of what it returned, beside its tokens,
+    `is_used` whether an output of the network was computed from it.
     """
 
     count: int = 0
@@ -56,6 +57,7 @@ class Visits:
     in_version: int = 0
     passed_through: bool = False
     is_read: bool = True
+    is_used: bool = True
     widths: set[int] = field(default_factory=set)
     operators: set[str] = field(default_factory=set)
 

@@ -66,6 +66,16 @@ def post_spot(module: nn.Module, seen: Observation, path: str) -> Spot:
     return spot
 
 
+def check_used(seen: Observation, path: str) -> None:
+    """Refuse a module of which no output is computed: attention there could never count.
+
+    Raises:
+        PlacementUnavailable: it is one.
+    """
+    if not seen.visits[path].is_used:
+        raise PlacementUnavailable("no output of the network is computed from it in eval mode")
+
+
 def _check_read(seen: Observation, path: str) -> None:
     """Refuse a module after which only class tokens are read: attention there could never count."""
     if not seen.visits[path].is_read:

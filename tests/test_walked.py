@@ -8,7 +8,8 @@ import torch
 from torch import nn
 
 import attnsurgeon
-from attnsurgeon.errors import PlacementUnavailable
+from attnsurgeon.errors import IdentityBroken, PlacementUnavailable
+from attnsurgeon.plan import make_plan
 from attnsurgeon.sites import find_sites
 from tests import exports
 
@@ -130,6 +131,58 @@ def test_reading_a_module_of_a_sequence_from_its_front_does_no_harm():
     host = Net(nn.Sequential(exports.Block(8), exports.Block(8)), typed).eval()
     operated = attnsurgeon.insert_attention(host, "se", example=EXAMPLE, at="features")
     assert torch.equal(operated(EXAMPLE + 1), host(EXAMPLE + 1))
+
+
+def taps(features, x):
+    found = []
+    for layer in features:
+        x = layer(x)
+        found.append(x)
+    return found[1]
+
+
+def test_layers_that_nothing_is_computed_from_are_left_out_with_the_reason():
+    host = Net(nn.Sequential(conv(), nn.ReLU(), conv(), nn.ReLU()), taps).eval()
+    sites = find_sites(host, EXAMPLE, named=["features.*"])
+    assert [site.path for site in sites if not site.refused] == ["features.0", "features.1"]
+    plan = make_plan(host, sites, "se", at="features.*", kind="layer")
+    assert set(plan.skipped) == {"features.2", "features.3"}
+    assert "no output of the network is computed from it" in plan.skipped["features.3"]
+    where = {"at": "features.*", "kind": "layer", "example": EXAMPLE}
+    assert len(attnsurgeon.gates(attnsurgeon.insert_attention(host, "se", **where))) == 2
+    with pytest.raises(IdentityBroken, match=r"give --exclude 'features\.2' 'features\.3' or"):
+        attnsurgeon.insert_attention(host, "se", at=["features.2", "features.3"], example=EXAMPLE)
+
+
+class Opaque(Net):
+    """Returns its map inside of something that nobody can look into."""
+
+    def forward(self, x):
+        return Held(self.features(self.stem(x)))
+
+
+class Held:
+    def __init__(self, held):
+        self.held = held
+
+
+class Written(Net):
+    """Writes its map part by part."""
+
+    def forward(self, x):
+        y = self.features(self.stem(x))
+        held = torch.zeros_like(y)
+        held[:, :4] = y[:, :4]
+        held[:, 4:] = self.stem(x)[:, 4:]
+        return held
+
+
+@pytest.mark.parametrize("kind", [Opaque, Written])
+def test_what_cannot_be_followed_is_not_left_out(kind):
+    host = kind(nn.Sequential(conv(), nn.ReLU()), called).eval()
+    sites = find_sites(host, EXAMPLE, named=["features.*"])
+    assert len(sites) == 2
+    assert not any(site.refused for site in sites)
 
 
 def test_what_is_noticed_is_given_back():
