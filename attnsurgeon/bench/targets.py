@@ -20,6 +20,7 @@ from attnsurgeon.card import card_of
 from attnsurgeon.checkpoint import check_readable
 from attnsurgeon.errors import BadFile, MissingPackage, UnknownName
 from attnsurgeon.example import as_inputs
+from attnsurgeon.export.onnx_file import Patch, read_file
 from attnsurgeon.gate import named_gates
 from attnsurgeon.host import host_names, load_host
 from attnsurgeon.store import load_model, load_plain
@@ -49,8 +50,8 @@ class Target:
         only: the engines that can run it, where not all can.
         fixed: for each input of an .onnx file, the axes that it fixes.
         is_sized: whether the example's height and width are known, not guessed.
-        is_opened: whether its gates, if it has any, were opened; an .onnx file has them folded
-            into its constants.
+        is_opened: whether its gates, if it has any, were opened.
+        patches: bytes of an .onnx file that open its gates.
         read_s: how long it took to read or build.
     """
 
@@ -63,6 +64,7 @@ class Target:
     fixed: tuple[Fixed, ...] = ()
     is_sized: bool = True
     is_opened: bool = True
+    patches: tuple[Patch, ...] = ()
     read_s: float = 0.0
 
     @property
@@ -165,6 +167,7 @@ def _from_safetensors(name: str, path: Path) -> Target:
 
 def _from_onnx(name: str, path: Path) -> Target:
     read = read_onnx(path)
+    _open(read.gates.values())
     return Target(
         name,
         read.example,
@@ -173,7 +176,8 @@ def _from_onnx(name: str, path: Path) -> Target:
         only=ONNX_ENGINES,
         fixed=read.fixed,
         is_sized=read.is_sized,
-        is_opened=False,
+        is_opened=bool(read.gates),
+        patches=tuple(read_file(path).patches(read.gates)),
     )
 
 
