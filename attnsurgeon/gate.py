@@ -15,6 +15,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from attnsurgeon.arguments import typed
+
 FORM = "mix"
 """Name of the form above; it stands in every recipe, so that another form can be told apart."""
 
@@ -36,6 +38,7 @@ class Gate(nn.Module):
         return (self.openness * term).to(features.dtype)
 
 
+@typed
 def named_gates(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return dotted path -> the learnable number of each gate, in the order of the modules."""
     return {

@@ -18,7 +18,7 @@ from attnsurgeon.bench.exported import Fixed, read_onnx, read_torchscript
 from attnsurgeon.borrow import borrowed_randomness
 from attnsurgeon.card import card_of
 from attnsurgeon.checkpoint import check_readable
-from attnsurgeon.errors import BadFile, MissingPackage, UnknownName
+from attnsurgeon.errors import BadFile
 from attnsurgeon.example import as_inputs
 from attnsurgeon.export.onnx_file import Patch, read_file
 from attnsurgeon.gate import named_gates
@@ -31,8 +31,6 @@ GATES = (0.25, 0.75)
 
 SCRIPT_ENGINES = ("torchscript", "torchscript-frozen")
 ONNX_ENGINES = ("onnxruntime", "onnxruntime-tensorrt")
-TIMM = "timm:"
-"""Before a name of timm's."""
 
 Inputs = tuple[Any, ...]
 
@@ -130,34 +128,9 @@ def _read_kind(thing: str | os.PathLike[str] | nn.Module, example: Any) -> Targe
             f"{name!r} cannot be timed: a target is a .safetensors file of attnsurgeon, an .onnx "
             "file, a TorchScript .pt file or a model's name"
         )
-    if name.startswith(TIMM):
-        return _from_timm(name)
     with borrowed_randomness(0):
         model = load_host(name, weights="none")
     return Target(name, _own_example(model), "random", model=model)
-
-
-def _from_timm(name: str) -> Target:
-    """Build a network of timm with random weights.
-
-    Raises:
-        MissingPackage: timm is not installed.
-        UnknownName: it has no such model.
-    """
-    try:
-        import timm
-    except ImportError as error:
-        raise MissingPackage(
-            f"{name} is a network of timm, which is not installed: pip install timm"
-        ) from error
-    wanted = name.removeprefix(TIMM)
-    if not timm.is_model(wanted):
-        raise UnknownName("timm model", wanted, timm.list_models())
-    with borrowed_randomness(0):
-        model = timm.create_model(wanted, pretrained=False).eval()
-    card: Any = model.pretrained_cfg
-    shape = card.get("input_size", (3, 224, 224))
-    return Target(name, (torch.zeros(1, *shape),), "random", model=model)
 
 
 def _from_safetensors(name: str, path: Path) -> Target:

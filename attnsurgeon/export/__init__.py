@@ -15,6 +15,7 @@ from typing import Any
 
 from torch import nn
 
+from attnsurgeon.arguments import typed
 from attnsurgeon.card import HostCard, card_of
 from attnsurgeon.errors import ExportDiffers
 from attnsurgeon.export.against import Agreement, verify_export
@@ -71,6 +72,7 @@ def export_suffixes() -> list[str]:
     return formats.names()
 
 
+@typed
 def export_model(
     model: nn.Module,
     output: str | os.PathLike[str],

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from attnsurgeon.arguments import typed
 from attnsurgeon.errors import BadFile, HostUnusable
 from attnsurgeon.gate import Gate, named_gates
 from attnsurgeon.surgery import cuts_of
@@ -24,6 +25,7 @@ class Ungated(nn.Module):
         return term.to(features.dtype)
 
 
+@typed
 def strip_gates(model: nn.Module) -> nn.Module:
     """Return a copy whose gates, all exactly 1, are gone: the published blocks, bitwise equal.
 
