@@ -27,6 +27,9 @@ RECIPE_KEY = "attnsurgeon"
 GATE_NAME = "openness"
 """Last part of the name of a gate's number, which scripts and traces keep."""
 
+GATES_KEY = "gates"
+"""Metadata that export_model writes where gates are layers: the names of their tensors as JSON."""
+
 DEFAULT_SIZE = (224, 224)
 _DTYPES = {
     "tensor(float)": torch.float32,
@@ -186,15 +189,16 @@ def read_torchscript(path: Path) -> ScriptFile:
     Raises:
         BadFile: it is not TorchScript.
     """
-    module, notes = load_torchscript(path, [SIZE_KEY, RECIPE_KEY])
+    module, notes = load_torchscript(path, [SIZE_KEY, RECIPE_KEY, GATES_KEY])
     told = _read_size(notes[SIZE_KEY])
     channels, dtype = _entrance(list(module.parameters()))
     example = torch.zeros(1, channels, *(told or DEFAULT_SIZE), dtype=dtype)
     # Names mean nothing in a file that is not of export_model: it has another author.
+    layers = _read_names(notes[GATES_KEY])
     gates = [
         parameter
         for name, parameter in module.named_parameters()
-        if notes[RECIPE_KEY] and name.rpartition(".")[2] == GATE_NAME
+        if notes[RECIPE_KEY] and (name.rpartition(".")[2] == GATE_NAME or name in layers)
     ]
     return ScriptFile(module, (example,), told is not None, tuple(gates))
 
@@ -204,6 +208,14 @@ def _entrance(parameters: Sequence[Tensor]) -> tuple[int, torch.dtype]:
         if parameter.ndim == 4:
             return parameter.shape[1], parameter.dtype
     return 3, torch.float32
+
+
+def _read_names(text: str) -> list[str]:
+    try:
+        names = json.loads(text)
+    except ValueError:
+        return []
+    return names if isinstance(names, list) else []
 
 
 def _read_size(text: str) -> tuple[int, int] | None:

@@ -21,7 +21,7 @@ from attnsurgeon.checkpoint import check_readable
 from attnsurgeon.errors import BadFile
 from attnsurgeon.example import as_inputs
 from attnsurgeon.export.onnx_file import Patch, read_file
-from attnsurgeon.gate import named_gates
+from attnsurgeon.gate import named_gates, opened
 from attnsurgeon.host import host_names, load_host
 from attnsurgeon.store import load_model, load_plain
 from attnsurgeon.surgery import cuts_of, remove_attention
@@ -208,4 +208,4 @@ def _open(gates: Iterable[Tensor]) -> None:
     low, high = GATES
     with torch.no_grad(), borrowed_randomness(0):
         for gate in gates:
-            gate.copy_(low + (high - low) * torch.rand(gate.shape))
+            gate.copy_(opened(gate, low, high))

@@ -23,6 +23,7 @@ from attnsurgeon.export.format import Settings, format_for, formats
 from attnsurgeon.export.inputs import Inputs, example_inputs, resized, size_of, trials
 from attnsurgeon.export.proof import Check, gate_values
 from attnsurgeon.export.prove import prove
+from attnsurgeon.gate import gate_numbers, named_gates
 from attnsurgeon.outputs import atomic_output
 from attnsurgeon.store import make_recipe
 from attnsurgeon.surgery import cuts_of
@@ -158,6 +159,9 @@ def _metadata(model: nn.Module, inputs: Inputs) -> dict[str, str]:
     metadata = {"input_size": json.dumps(list(size_of(inputs)))}
     if cuts_of(model):
         metadata["attnsurgeon"] = make_recipe(model).dumps()
+        gates = list(named_gates(model))
+        if len(gates) > len(gate_numbers(model)):  # numbers are known by their names
+            metadata["gates"] = json.dumps(gates)
     if card is not None and card.categories:
         metadata["classes"] = json.dumps(card.categories, ensure_ascii=False)
     if card is not None and card.mean and card.std:

@@ -70,7 +70,7 @@ def verify_export(
     own = gate_values(model)
     label = "open" if any(bool(value.any()) for value in own.values()) else "closed"
     checks = check_file(opened.run, model, own, label, batches)
-    if own and kind.has_gates(file):
+    if own and kind.has_gates(file, own):
         values = open_gates(model, min(batches, key=lambda b: tensors_of(b)[0].numel())).values
         checks += check_file(kind.open(file, values).run, model, values, "open", batches)
     seen: dict[str, str] = {}

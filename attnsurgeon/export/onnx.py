@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +16,7 @@ from attnsurgeon.export import onnx_dynamo, onnx_traced
 from attnsurgeon.export.format import Draft, Format, Opened, Settings, refuse_optimize, register
 from attnsurgeon.export.fresh import FreshProcess
 from attnsurgeon.export.inputs import Inputs, tensors_of
+from attnsurgeon.export.last_norms import last_norms_written_out
 from attnsurgeon.export.onnx_file import read_file, write_file
 from attnsurgeon.export.onnx_runtime import newest_ir, newest_opset
 from attnsurgeon.gate import named_gates
@@ -194,7 +195,8 @@ class Onnx(Format):
         self.check(settings)
         _check_bytes(model)
         _check_numbers(model)
-        translated, notices = _translate(model, inputs, settings)
+        with last_norms_written_out(model):
+            translated, notices = _translate(model, inputs, settings)
         _name_gates(translated, model)
         with _as_inputs(translated, named_gates(model)):
             _optimize(translated, settings.opset)
@@ -222,9 +224,9 @@ class Onnx(Format):
 
         return Opened(run, opset=file.opset, fixed_axes=tuple(file.fixed_axes))
 
-    def has_gates(self, path: Path) -> bool:
+    def has_gates(self, path: Path, gates: Collection[str]) -> bool:
         """Tell whether the file holds gates by name."""
-        return any(name.endswith(".openness") for name in read_file(path).spots)
+        return set(gates) <= read_file(path).spots.keys()
 
 
 def _translate(model: nn.Module, inputs: Inputs, settings: Settings) -> tuple[Any, tuple[str, ...]]:

@@ -21,7 +21,7 @@ from attnsurgeon.export.proof import (
     run_with_gates,
     tolerance_of,
 )
-from attnsurgeon.gate import named_gates
+from attnsurgeon.gate import named_gates, opened
 
 VISIBLE = 100
 """Opened gates must move the output by this many tolerances: what cannot be seen proves nothing."""
@@ -62,9 +62,9 @@ def open_gates(model: nn.Module, inputs: Inputs) -> Opening:
     closed = {name: torch.zeros_like(value) for name, value in openings.items()}
     own_noise = _noise(model, closed, inputs, run_with_gates(model, closed, inputs))
     for _ in range(ROUNDS):
-        opened = run_with_gates(model, openings, inputs)
-        moved = compare_outputs(reference, opened, tolerance)[1]
-        noise = _noise(model, openings, inputs, opened)
+        found = run_with_gates(model, openings, inputs)
+        moved = compare_outputs(reference, found, tolerance)[1]
+        noise = _noise(model, openings, inputs, found)
         if not math.isfinite(moved) or not noise < max(NOISE * tolerance, 3 * own_noise):
             if openings is sound:
                 openings = sound = {name: value / 2 for name, value in sound.items()}
@@ -88,7 +88,7 @@ def open_gates(model: nn.Module, inputs: Inputs) -> Opening:
 
 
 def _noise(
-    model: nn.Module, openings: Mapping[str, Tensor], inputs: Inputs, opened: list[Tensor]
+    model: nn.Module, openings: Mapping[str, Tensor], inputs: Inputs, output: list[Tensor]
 ) -> float:
     """Return how far the output moves, over its largest element, when the inputs hardly do.
 
@@ -96,7 +96,7 @@ def _noise(
     """
     with borrowed_randomness(2):
         shaken = tree_map_only(Tensor, _shaken, inputs)
-    return compare_outputs(opened, run_with_gates(model, openings, shaken), 1.0)[1]
+    return compare_outputs(output, run_with_gates(model, openings, shaken), 1.0)[1]
 
 
 def _shaken(tensor: Tensor) -> Tensor:
@@ -124,7 +124,8 @@ def _spread(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
     with borrowed_randomness(1):
         places = torch.randperm(len(gates)).tolist()
         return {
-            name: (-1) ** i * (0.25 + step * (place + 0.25 + 0.5 * torch.rand(gate.shape)))
+            name: (-1) ** i
+            * opened(gate, 0.25 + step * (place + 0.25), 0.25 + step * (place + 0.75))
             for i, (place, (name, gate)) in enumerate(zip(places, gates.items(), strict=True))
         }
 
@@ -144,16 +145,18 @@ def _shifts(model: nn.Module, openings: Mapping[str, Tensor], inputs: Inputs) ->
             outputs = [leaf for leaf in leaves(model(*inputs)) if leaf.requires_grad]
             largest = max((leaf.abs().max().item() for leaf in outputs), default=0.0)
             slopes = _slopes(outputs, list(gates.values()))
-    values = [0.0, *(value.mean().item() for value in openings.values())]
     return {
-        name: slope * _distance(openings[name].mean().item(), values) / (largest or 1.0)
+        name: slope * _distance(name, openings) / (largest or 1.0)
         for name, slope in zip(gates, slopes, strict=True)
     }
 
 
-def _distance(value: float, others: list[float]) -> float:
-    """Return how far the nearest other value is."""
-    return min(abs(value - other) for other in others if other != value)
+def _distance(name: str, openings: Mapping[str, Tensor]) -> float:
+    """Return how far the nearest other value of its shape is, or none at all, in the mean."""
+    own = openings[name]
+    others = [v for other, v in openings.items() if other != name and v.shape == own.shape]
+    apart = [(own - value).square().mean().sqrt().item() for value in (own * 0, *others)]
+    return min(distance for distance in apart if distance)
 
 
 def _slopes(outputs: list[Tensor], gates: list[nn.Parameter]) -> list[float]:
