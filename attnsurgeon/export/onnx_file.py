@@ -84,6 +84,11 @@ class OnnxFile:
         return next((each.version for each in sets if each.domain in ("", "ai.onnx")), None)
 
     @property
+    def notes(self) -> dict[str, str]:
+        """Return what the file says about itself beside the graph."""
+        return {each.key: each.value for each in self.header.metadata_props}
+
+    @property
     def fixed_axes(self) -> list[str]:
         """Return the image axes of the inputs that the file fixes to a number."""
         return [
