@@ -167,7 +167,7 @@ def _gates_in(path: Path) -> dict[str, Tensor]:
     """Return the gates that export_model left in the file by name."""
     file = read_file(path)
     # Names mean nothing in a file that is not of export_model: it has another author.
-    if RECIPE_KEY not in file.metadata:
+    if RECIPE_KEY not in file.notes:
         return {}
     return {n: file.values(n) for n in file.spots if n.rpartition(".")[2] == GATE_NAME}
 

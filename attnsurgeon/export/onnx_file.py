@@ -87,15 +87,15 @@ class OnnxFile:
     kinds: Mapping[str, int]
 
     @property
-    def metadata(self) -> dict[str, str]:
-        """Return the file's notes about itself."""
-        return {note.key: note.value for note in self.header.metadata_props}
-
-    @property
     def opset(self) -> int | None:
         """Return the version of the default operator set."""
         sets = self.header.opset_import
         return next((each.version for each in sets if each.domain in ("", "ai.onnx")), None)
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """Return what the file says about itself beside the graph."""
+        return {each.key: each.value for each in self.header.metadata_props}
 
     @property
     def fixed_axes(self) -> list[str]:
