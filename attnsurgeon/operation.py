@@ -14,6 +14,7 @@ from torch import nn
 from attnsurgeon.arguments import typed
 from attnsurgeon.card import HostCard, card_of, give_card
 from attnsurgeon.example import as_inputs
+from attnsurgeon.gate import DEFAULT_FORM
 from attnsurgeon.liveness import Liveness
 from attnsurgeon.network import check_has_numbers, plain_network
 from attnsurgeon.origin import fingerprints, give_origin, origin_of
@@ -79,6 +80,7 @@ def insert_attention(
     example: Any = None,
     seed: int = 0,
     stack: bool = False,
+    gate: str = DEFAULT_FORM,
     **options: Any,
 ) -> nn.Module:
     """Return a copy of a model with attention at its sites, behind closed gates.
@@ -102,6 +104,7 @@ def insert_attention(
             (1, C, 224, 224) image batch.
         seed: of the new weights; the same seed gives the same weights.
         stack: put it behind the same block at the same place too, instead of refusing that.
+        gate: how it is let in: mix, centred or layer; see gate.FORMS.
         **options: of the block, such as reduction=8.
 
     Raises:
@@ -127,6 +130,7 @@ def insert_attention(
         options=options,
         seed=seed,
         stack=stack,
+        gate=gate,
     )
     return _insert(model, (step.checked(),), example)
 

@@ -22,6 +22,7 @@ from attnsurgeon.errors import (
     first_line,
     nearest,
 )
+from attnsurgeon.gate import give_form
 from attnsurgeon.plan import Cut, Plan
 from attnsurgeon.selection import as_patterns
 from attnsurgeon.wiring import splices, wire
@@ -136,6 +137,7 @@ def build_attention(model: nn.Module, cut: Cut) -> AttentionBlock:
     with borrowed_randomness(own_seed):
         try:
             attention = blocks.get(cut.block).build(cut.place, **cut.options)
+            give_form(attention, cut.gate)
         except AttnSurgeonError as error:
             raise type(error)(f"{cut.block} at {cut.path}: {error}") from None
         except RuntimeError as error:  # of torch: more memory than there is

@@ -20,7 +20,8 @@ from attnsurgeon.card import card_of
 from attnsurgeon.checkpoint import check_readable
 from attnsurgeon.errors import BadFile
 from attnsurgeon.example import as_inputs
-from attnsurgeon.gate import named_gates
+from attnsurgeon.export.onnx_file import Patch, read_file
+from attnsurgeon.gate import named_gates, opened
 from attnsurgeon.host import host_names, load_host
 from attnsurgeon.store import load_model, load_plain
 from attnsurgeon.surgery import cuts_of, remove_attention
@@ -47,8 +48,8 @@ class Target:
         only: the engines that can run it, where not all can.
         fixed: for each input of an .onnx file, the axes that it fixes.
         is_sized: whether the example's height and width are known, not guessed.
-        is_opened: whether its gates, if it has any, were opened; an .onnx file has them folded
-            into its constants.
+        is_opened: whether its gates, if it has any, were opened.
+        patches: bytes of an .onnx file that open its gates.
         read_s: how long it took to read or build.
     """
 
@@ -61,6 +62,7 @@ class Target:
     fixed: tuple[Fixed, ...] = ()
     is_sized: bool = True
     is_opened: bool = True
+    patches: tuple[Patch, ...] = ()
     read_s: float = 0.0
 
     @property
@@ -138,6 +140,7 @@ def _from_safetensors(name: str, path: Path) -> Target:
 
 def _from_onnx(name: str, path: Path) -> Target:
     read = read_onnx(path)
+    _open(read.gates.values())
     return Target(
         name,
         read.example,
@@ -146,7 +149,8 @@ def _from_onnx(name: str, path: Path) -> Target:
         only=ONNX_ENGINES,
         fixed=read.fixed,
         is_sized=read.is_sized,
-        is_opened=False,
+        is_opened=bool(read.gates),
+        patches=tuple(read_file(path).patches(read.gates)),
     )
 
 
@@ -204,4 +208,4 @@ def _open(gates: Iterable[Tensor]) -> None:
     low, high = GATES
     with torch.no_grad(), borrowed_randomness(0):
         for gate in gates:
-            gate.copy_(low + (high - low) * torch.rand(gate.shape))
+            gate.copy_(opened(gate, low, high))

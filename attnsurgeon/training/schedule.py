@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from attnsurgeon.arguments import typed
 from attnsurgeon.blocks.block import AttentionBlock
 from attnsurgeon.errors import BadOption, GateLost, HostUnusable
-from attnsurgeon.gate import named_gates
+from attnsurgeon.gate import gate_numbers, named_gates
 
 
 @typed
@@ -45,7 +45,7 @@ class GateSchedule:
 
     Raises:
         HostUnusable: the model has no gates.
-        BadOption: numbers of steps that are not positive.
+        BadOption: numbers of steps that are not positive; annealing of gates without a number.
     """
 
     @typed
@@ -66,6 +66,12 @@ class GateSchedule:
         self.gates = named_gates(model)
         if not self.gates:
             raise HostUnusable(f"this {type(model).__name__} has no gates; insert_attention first")
+        self.numbers = gate_numbers(model)
+        if anneal is not None and not self.numbers:
+            raise BadOption(
+                "gates of the form 'layer' have no number to lead to 1: leave anneal out; they are "
+                "the published block at every step, times 2 where it multiplies"
+            )
         self.anneal = anneal
         self.delay = delay
         self.check_every = check_every
@@ -90,7 +96,7 @@ class GateSchedule:
             self.check()
 
     def _lead(self, share: float) -> None:
-        for name, gate in self.gates.items():
+        for name, gate in self.numbers.items():
             own = _own_part(gate)
             if share >= 1:
                 own.fill_(1)
