@@ -15,8 +15,10 @@ from torch.utils._pytree import tree_map
 
 from attnsurgeon.borrow import borrowed_modes
 from attnsurgeon.errors import ExportRefused, first_line
+from attnsurgeon.export.early import read_early
 from attnsurgeon.export.fold import fold_norms
 from attnsurgeon.export.inputs import Inputs, free_axes, tensors_of
+from attnsurgeon.export.terms import move_terms
 
 OLDEST_OPSET = 18
 """The exporter writes 18 and up."""
@@ -30,6 +32,8 @@ def translate(model: nn.Module, inputs: Inputs, *, dynamic: bool) -> Any:
     """
     exported = export_program(model, inputs, dynamic=dynamic)
     fold_norms(exported)
+    read_early(exported)
+    move_terms(exported)
     try:
         program = torch.onnx.export(
             exported, dynamo=True, optimize=False, verbose=False, input_names=input_names(inputs)
