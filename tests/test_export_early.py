@@ -145,3 +145,12 @@ def test_the_plain_case_beside_them_moves():
     with torch.no_grad():
         for found, wanted in zip(program.module()(IMAGE), model(IMAGE), strict=True):
             torch.testing.assert_close(found, wanted)
+
+
+@pytest.mark.parametrize("gate", ["read.weight", "read.bias", "conv.weight"])
+def test_what_is_a_gate_stays(gate):
+    model = Reading("plain").eval()
+    with torch.no_grad():
+        program = torch.export.export(model, (IMAGE,))
+    assert read_early(program, {gate}) == 0
+    assert torch.equal(program.state_dict["read.weight"], model.read.weight)

@@ -9,6 +9,7 @@ numbers than `R`.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -25,20 +26,22 @@ _WEIGHT, _BIAS = 1, 2
 """Places of the arguments of a convolution."""
 
 
-def read_early(program: ExportedProgram) -> int:
+def read_early(program: ExportedProgram, kept: Collection[str] = ()) -> int:
     """Rewire every reader of a widening 1x1 convolution's result that can be; return how many.
 
-    The program's own tensors change; those of the model that it was made from do not.
+    The program's own tensors change; those of the model that it was made from do not. Tensors of
+    the names in `kept` stay as they are: a gate is found by its name, and in its shape.
     """
     names = {
         **program.graph_signature.inputs_to_parameters,
         **program.graph_signature.inputs_to_buffers,
     }
+    folded = {node: path for node, path in names.items() if path not in kept}
     count = 0
-    for conv in [node for node in program.graph.nodes if _widens(node, names, program)]:
+    for conv in [node for node in program.graph.nodes if _widens(node, folded, program)]:
         for user in list(conv.users):
             path = _path_to_reader(user, conv)
-            if path and len(conv.users) > 1 and _owns_weights(path[-1], names):
+            if path and len(conv.users) > 1 and _owns_weights(path[-1], folded):
                 _rewire(program, conv, path, names)
                 count += 1
     program.graph_module.recompile()
