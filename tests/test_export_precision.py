@@ -132,6 +132,14 @@ def test_tied_weights_stay_tied(tmp_path):
     assert sizes[1] < sizes[0]
 
 
+def test_the_readme_has_the_table():
+    text = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    for name in OFFERED:
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` | ")]
+        told = [float(word) for word in row.rpartition("|")[0].rpartition("|")[2].split(",")]
+        assert told == [PRECISIONS[name].max_rel, PRECISIONS[name].min_cosine]
+
+
 class TestEightBits:
     def test_what_is_heavy_is_in_int8(self, operated, eight):
         model = onnx.load(eight[0])

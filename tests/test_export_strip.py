@@ -45,6 +45,18 @@ def test_undecided_gates_stay():
     assert "nothing was stripped" in told
 
 
+def test_layers_that_are_gates_have_no_1():
+    model = attnsurgeon.insert_attention(
+        exports.Tiny().eval(), "se", gate="layer", example=exports.EXAMPLE, reduction=4
+    )
+    for parameter in list(attnsurgeon.gates(model).values())[:2]:
+        parameter.data.fill_(1)
+    bare, told = strip_decided(model, IMAGE)
+    assert "2 dropped" in told
+    assert "0 freed" in told
+    assert len(attnsurgeon.gates(bare)) == 2
+
+
 def test_a_term_that_0_does_not_silence():
     model = with_gates(0, 1, 0.5)
     path = next(iter(attnsurgeon.gates(model))).removesuffix(".gate.openness")

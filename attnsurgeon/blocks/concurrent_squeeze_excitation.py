@@ -60,8 +60,9 @@ class ConcurrentSqueezeExcitation(AttentionBlock):
         self.spatial = nn.Sequential(convolution(dims, channels, 1, 1), nn.Sigmoid())
         self.takes_greater = one_of("fusion", fusion, FUSIONS) == "max"
         self.positions = positions(dims)
-        self.channel_gate = Gate()
-        self.spatial_gate = Gate()
+        # Sigmoids that are added are 1 together, where each of them is half of it.
+        self.channel_gate = Gate("channel.2", is_sigmoid=self.takes_greater)
+        self.spatial_gate = Gate("spatial.0", is_sigmoid=self.takes_greater)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x rescaled by both halves."""

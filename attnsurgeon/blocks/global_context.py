@@ -66,7 +66,7 @@ class MultiplyContext(nn.Module):
     def __init__(self, channels: int, hidden: int, dims: int) -> None:
         super().__init__()
         self.transform = transform(channels, hidden, dims)
-        self.gate = Gate()
+        self.gate = Gate("transform.3", is_sigmoid=True)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Return x times the mixed map of its context."""
@@ -80,7 +80,7 @@ class AddContext(nn.Module):
     def __init__(self, channels: int, hidden: int, dims: int) -> None:
         super().__init__()
         self.transform = transform(channels, hidden, dims)
-        self.gate = Gate()
+        self.gate = Gate("transform.3")
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Return x plus the admitted share of its context."""

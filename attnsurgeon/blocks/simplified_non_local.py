@@ -35,7 +35,7 @@ class SimplifiedNonLocal(AttentionBlock):
         super().__init__()
         self.pool = ContextPool(channels, dims)
         self.transform = convolution(dims, channels, channels, 1, bias=bias)
-        self.gate = Gate()
+        self.gate = Gate("transform")
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x plus the admitted share of its transformed context."""

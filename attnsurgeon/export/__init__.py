@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from attnsurgeon.arguments import typed
 from attnsurgeon.card import HostCard, card_of
 from attnsurgeon.errors import BadOption, ExportDiffers
 from attnsurgeon.export.against import Agreement, verify_export
@@ -27,6 +28,7 @@ from attnsurgeon.export.precision import HALVES, Precision, lowered, precision_o
 from attnsurgeon.export.proof import Check, gate_values
 from attnsurgeon.export.prove import prove
 from attnsurgeon.export.strip import strip_decided
+from attnsurgeon.gate import gate_numbers, named_gates
 from attnsurgeon.outputs import atomic_output
 from attnsurgeon.store import make_recipe
 from attnsurgeon.surgery import cuts_of
@@ -82,6 +84,7 @@ def export_suffixes() -> list[str]:
     return formats.names()
 
 
+@typed
 def export_model(
     model: nn.Module,
     output: str | os.PathLike[str],
@@ -170,10 +173,10 @@ def export_model(
                 progress("checking it before it is quantized")
                 draft.write(part, gates)
                 prove(kind.name, kind.open, None, part, model, batches, settings, lambda _: None)
-                progress(f"quantizing, {photographs.notice}")
                 draft = Int8Draft(draft, photographs.images)
                 batches = photographs.in_place_of(batches)
                 notices = (*notices, photographs.notice)
+                progress(f"quantizing it on {len(photographs.images)} images")
             draft.write(part, gates)
             size, read = part.stat().st_size, draft.reader or kind.open
             twin = draft if draft.folds_gates else None
@@ -184,10 +187,7 @@ def export_model(
         except ExportDiffers as error:
             if not keep_rejected:
                 raise
-            rejected = f"{os.fspath(output)}.rejected"
-            part.replace(rejected)
-            kept = str(error).replace("nothing was kept", f"it was kept as {rejected!r}")
-            raise ExportDiffers(kept) from error
+            raise _kept(error, part, f"{os.fspath(output)}.rejected") from error
     return Artifact(
         output=str(output),
         format=kind.name,
@@ -198,6 +198,12 @@ def export_model(
         notices=(*notices, *proof.notices),
         precision=chosen if precision else None,
     )
+
+
+def _kept(error: ExportDiffers, part: Path, rejected: str) -> ExportDiffers:
+    """Keep a file that differs under another name, and return the error that says so."""
+    part.replace(rejected)
+    return ExportDiffers(str(error).replace("nothing was kept", f"it was kept as {rejected!r}"))
 
 
 def _photographs(settings: Settings, model: nn.Module, inputs: Inputs) -> Photographs | None:
@@ -220,6 +226,9 @@ def _metadata(model: nn.Module, inputs: Inputs) -> dict[str, str]:
     metadata = {"input_size": json.dumps(list(size_of(inputs)))}
     if cuts_of(model):
         metadata["attnsurgeon"] = make_recipe(model).dumps()
+        gates = list(named_gates(model))
+        if len(gates) > len(gate_numbers(model)):  # numbers are known by their names
+            metadata["gates"] = json.dumps(gates)
     if card is not None and card.categories:
         metadata["classes"] = json.dumps(card.categories, ensure_ascii=False)
     if card is not None and card.mean and card.std:

@@ -80,7 +80,7 @@ def verify_export(
     if precision.name == "int8" and images is not None:
         batches = []  # the photographs show what it was calibrated for; noise is something else
     checks = check_file(opened.run, model, own, label, batches, precision)
-    if own and kind.has_gates(file):
+    if own and kind.has_gates(file, own):
         smallest = min(batches, key=lambda b: tensors_of(b)[0].numel())
         is_own = precision.name not in HALVES or precision_of(model, None) == precision
         cast = None if is_own else lowered(model, precision, inputs)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -133,8 +133,8 @@ class Format(ABC):
             BadFile: it cannot be run, or has no such gates.
         """
 
-    def has_gates(self, path: Path) -> bool:
-        """Tell whether the gates of a written file can be set when it is opened."""
+    def has_gates(self, path: Path, gates: Collection[str]) -> bool:
+        """Tell whether these gates of a written file can be set when it is opened."""
         return True
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -16,6 +16,7 @@ from attnsurgeon.export import onnx_dynamo, onnx_traced
 from attnsurgeon.export.format import Draft, Format, Opened, Settings, refuse_optimize, register
 from attnsurgeon.export.fresh import FreshProcess
 from attnsurgeon.export.inputs import Inputs, tensors_of
+from attnsurgeon.export.last_norms import last_norms_written_out
 from attnsurgeon.export.onnx_file import read_file, write_file
 from attnsurgeon.export.onnx_runtime import newest_ir, newest_opset
 from attnsurgeon.export.onnx_shapes import write_constant_shapes
@@ -197,7 +198,8 @@ class Onnx(Format):
         self.check(settings)
         _check_bytes(model)
         _check_numbers(model)
-        translated, notices = _translate(model, inputs, settings)
+        with last_norms_written_out(model):
+            translated, notices = _translate(model, inputs, settings)
         _name_gates(translated, model)
         with _as_inputs(translated, named_gates(model)):
             _optimize(translated, settings.opset)
@@ -232,14 +234,14 @@ class Onnx(Format):
             precision=file.notes.get("precision", "fp32"),
         )
 
-    def has_gates(self, path: Path) -> bool:
-        """Tell whether the file holds gates by name that can be set.
+    def has_gates(self, path: Path, gates: Collection[str]) -> bool:
+        """Tell whether the file holds these gates by name, and they can be set.
 
         Of an int8 file they cannot: its maps were calibrated with its gates as they are.
         """
         file = read_file(path)
         is_calibrated = file.notes.get("precision") == "int8"
-        return not is_calibrated and any(name.endswith(".openness") for name in file.spots)
+        return not is_calibrated and set(gates) <= file.spots.keys()
 
 
 def _translate(model: nn.Module, inputs: Inputs, settings: Settings) -> tuple[Any, tuple[str, ...]]:

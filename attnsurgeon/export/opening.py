@@ -22,7 +22,7 @@ from attnsurgeon.export.proof import (
     run_with_gates,
     tolerance_of,
 )
-from attnsurgeon.gate import named_gates
+from attnsurgeon.gate import named_gates, opened
 
 VISIBLE, PLAIN = 100, 0.1
 """Opened gates must move the output by this many tolerances, or, where these are wide, by this
@@ -76,18 +76,18 @@ def open_gates(
     tolerance = tolerance_of(reference) if precision is None else precision.max_rel
     visible = max(2 * tolerance, min(VISIBLE * tolerance, PLAIN))
 
-    def noise_of(values: Mapping[str, Tensor], opened: list[Tensor]) -> float:
+    def noise_of(values: Mapping[str, Tensor], found: list[Tensor]) -> float:
         if precision is None or cast is None:
-            return _noise(model, values, inputs, opened)
+            return _noise(model, values, inputs, found)
         rounded = run_with_gates(cast, values, precision.cast(inputs))
-        return compare_outputs(opened, rounded, 1.0)[1]
+        return compare_outputs(found, rounded, 1.0)[1]
 
     closed = {name: torch.zeros_like(value) for name, value in openings.items()}
     own_noise = noise_of(closed, run_with_gates(model, closed, inputs))
     for _ in range(ROUNDS):
-        opened = run_with_gates(model, openings, inputs)
-        moved = compare_outputs(reference, opened, tolerance)[1]
-        noise = noise_of(openings, opened)
+        found = run_with_gates(model, openings, inputs)
+        moved = compare_outputs(reference, found, tolerance)[1]
+        noise = noise_of(openings, found)
         if not math.isfinite(moved) or not noise < max(NOISE * tolerance, 3 * own_noise):
             if openings is sound:
                 openings = sound = {name: value / 2 for name, value in sound.items()}
@@ -111,7 +111,7 @@ def open_gates(
 
 
 def _noise(
-    model: nn.Module, openings: Mapping[str, Tensor], inputs: Inputs, opened: list[Tensor]
+    model: nn.Module, openings: Mapping[str, Tensor], inputs: Inputs, output: list[Tensor]
 ) -> float:
     """Return how far the output moves, over its largest element, when the inputs hardly do.
 
@@ -119,7 +119,7 @@ def _noise(
     """
     with borrowed_randomness(2):
         shaken = tree_map_only(Tensor, _shaken, inputs)
-    return compare_outputs(opened, run_with_gates(model, openings, shaken), 1.0)[1]
+    return compare_outputs(output, run_with_gates(model, openings, shaken), 1.0)[1]
 
 
 def _shaken(tensor: Tensor) -> Tensor:
@@ -146,8 +146,9 @@ def _farthest(openings: Mapping[str, Tensor]) -> float:
 
 
 def plain_openings(model: nn.Module) -> dict[str, Tensor]:
-    """Return an opening in (0, 1) for every gate, as training would leave them."""
-    return {name: value.abs() for name, value in _spread(named_gates(model)).items()}
+    """Return an opening in (0, 1) for every gate, as training would leave them; layers as drawn."""
+    values = _spread(named_gates(model))
+    return {name: value.abs() if value.ndim < 2 else value for name, value in values.items()}
 
 
 def _spread(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -156,7 +157,8 @@ def _spread(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
     with borrowed_randomness(1):
         places = torch.randperm(len(gates)).tolist()
         return {
-            name: (-1) ** i * (0.25 + step * (place + 0.25 + 0.5 * torch.rand(gate.shape)))
+            name: (-1) ** i
+            * opened(gate, 0.25 + step * (place + 0.25), 0.25 + step * (place + 0.75))
             for i, (place, (name, gate)) in enumerate(zip(places, gates.items(), strict=True))
         }
 
@@ -176,16 +178,18 @@ def _shifts(model: nn.Module, openings: Mapping[str, Tensor], inputs: Inputs) ->
             outputs = [leaf for leaf in leaves(model(*inputs)) if leaf.requires_grad]
             largest = max((leaf.abs().max().item() for leaf in outputs), default=0.0)
             slopes = _slopes(outputs, list(gates.values()))
-    values = [0.0, *(value.mean().item() for value in openings.values())]
     return {
-        name: slope * _distance(openings[name].mean().item(), values) / (largest or 1.0)
+        name: slope * _distance(name, openings) / (largest or 1.0)
         for name, slope in zip(gates, slopes, strict=True)
     }
 
 
-def _distance(value: float, others: list[float]) -> float:
-    """Return how far the nearest other value is."""
-    return min(abs(value - other) for other in others if other != value)
+def _distance(name: str, openings: Mapping[str, Tensor]) -> float:
+    """Return how far the nearest other value of its shape is, or none at all, in the mean."""
+    own = openings[name]
+    others = [v for other, v in openings.items() if other != name and v.shape == own.shape]
+    apart = [(own - value).square().mean().sqrt().item() for value in (own * 0, *others)]
+    return min(distance for distance in apart if distance)
 
 
 def _slopes(outputs: list[Tensor], gates: list[nn.Parameter]) -> list[float]:

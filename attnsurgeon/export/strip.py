@@ -8,7 +8,7 @@ from torch import nn
 from attnsurgeon.errors import IdentityBroken
 from attnsurgeon.export.inputs import Inputs
 from attnsurgeon.export.proof import gate_values, run_with_gates
-from attnsurgeon.gate import named_gates
+from attnsurgeon.gate import gate_numbers, named_gates
 from attnsurgeon.surgery import cuts_of, without_cuts
 from attnsurgeon.training.stripping import take_gates
 
@@ -43,6 +43,10 @@ def strip_decided(model: nn.Module, inputs: Inputs) -> tuple[nn.Module, str]:
 
 
 def _stand_at(model: nn.Module, child: str, value: int) -> bool:
-    """Tell whether the attention at this path has gates, and all of them are exactly there."""
-    gates = named_gates(model.get_submodule(child)).values()
-    return bool(gates) and all(bool((gate == value).all()) for gate in gates)
+    """Tell whether the attention at this path has gates, and all of them are exactly there.
+
+    Of the form `layer` there is nothing to be at 1.
+    """
+    attention = model.get_submodule(child)
+    gates = gate_numbers(attention) if value else named_gates(attention)
+    return bool(gates) and all(bool((gate == value).all()) for gate in gates.values())

@@ -39,8 +39,11 @@ class _ProgramDraft(Draft):
             node.meta.pop("stack_trace", None)
 
     def write(self, path: Path, gates: Mapping[str, Tensor]) -> None:
+        state = self.program.state_dict
         for name, value in gates.items():
-            self.program.state_dict[name] = nn.Parameter(value)  # the model keeps its own
+            old, new = state[name], nn.Parameter(value)  # the model keeps its own
+            # A module in two places has two names here, and the graph may read either.
+            state.update({other: new for other, held in state.items() if held is old})
         memory = io.BytesIO()  # by name, only one that ends in .pt2 is taken
         torch.export.save(self.program, memory, extra_files=self.metadata)
         path.write_bytes(memory.getbuffer())
@@ -88,7 +91,7 @@ class TorchProgram(Format):
                 f"{path.name} is no program of torch.export: {first_line(error)}"
             ) from error
         module = program.module()
-        parameters = dict(module.named_parameters())
+        parameters = dict(module.named_parameters(remove_duplicate=False))
         with torch.no_grad():
             for name, value in (gates or {}).items():
                 parameters[name].copy_(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -146,7 +146,7 @@ class TorchScript(Format):
         _set(module, gates or {})
         return Opened(_runner(module), precision=notes["precision"] or "fp32")
 
-    def has_gates(self, path: Path) -> bool:
+    def has_gates(self, path: Path, gates: Collection[str]) -> bool:
         """Tell whether the file has parameters still: one that was frozen has none."""
         return any(True for _ in load_torchscript(path)[0].parameters())
 
