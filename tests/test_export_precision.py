@@ -19,6 +19,7 @@ from attnsurgeon.export import images as images_of_export
 from attnsurgeon.export import onnx_int8
 from attnsurgeon.export.format import format_for
 from attnsurgeon.export.images import read_images
+from attnsurgeon.export.onnx import write_onnx
 from attnsurgeon.export.precision import OFFERED, PRECISIONS
 from attnsurgeon.export.torchscript import load_torchscript
 from tests import exports
@@ -173,6 +174,14 @@ class TestEightBits:
         (five,) = some.in_place_of([(torch.zeros(5, 3, 20, 28),)])
         assert five[0].shape == (5, 3, 20, 28)
         assert torch.equal(five[0][0], five[0][3])
+
+    def test_what_a_softmax_reads_stays_exact(self, tmp_path):
+        model, path = exports.tiny("snl"), tmp_path / "x.onnx"
+        write_onnx(model, (torch.zeros(2, 3, 32, 32),), path)
+        nodes = {node.name: node for node in onnx.load(path).graph.node}
+        names = onnx_int8.read_by_softmax(path)
+        assert len(names) == 3
+        assert all(nodes[name].input[1].endswith("pool.mask.weight") for name in names)
 
     def test_other_images_calibrate_otherwise(self, operated, eight, tmp_path):
         dark = tmp_path / "dark"
