@@ -146,8 +146,9 @@ def _farthest(openings: Mapping[str, Tensor]) -> float:
 
 
 def plain_openings(model: nn.Module) -> dict[str, Tensor]:
-    """Return an opening in (0, 1) for every gate, as training would leave them."""
-    return {name: value.abs() for name, value in _spread(named_gates(model)).items()}
+    """Return an opening in (0, 1) for every gate, as training would leave them; layers as drawn."""
+    values = _spread(named_gates(model))
+    return {name: value.abs() if value.ndim < 2 else value for name, value in values.items()}
 
 
 def _spread(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
