@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,7 @@ class ScriptFile:
     module: torch.jit.ScriptModule
     example: tuple[Tensor, ...]
     is_sized: bool
-    gates: tuple[Tensor, ...]
+    gates: Mapping[str, Tensor]
 
 
 def session_for(
@@ -169,12 +169,12 @@ def read_torchscript(path: Path) -> ScriptFile:
     example = torch.zeros(1, channels, *(told or DEFAULT_SIZE), dtype=dtype)
     # Names mean nothing in a file that is not of export_model: it has another author.
     layers = _read_names(notes[GATES_KEY])
-    gates = [
-        parameter
+    gates = {
+        name: parameter
         for name, parameter in module.named_parameters()
         if notes[RECIPE_KEY] and (name.rpartition(".")[2] == GATE_NAME or name in layers)
-    ]
-    return ScriptFile(module, (example,), told is not None, tuple(gates))
+    }
+    return ScriptFile(module, (example,), told is not None, gates)
 
 
 def _entrance(parameters: Sequence[Tensor]) -> tuple[int, torch.dtype]:

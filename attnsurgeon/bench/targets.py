@@ -51,6 +51,7 @@ class Target:
         is_sized: whether the example's height and width are known, not guessed.
         is_opened: whether its gates, if it has any, were opened; an .onnx file has them folded
             into its constants.
+        gates: the names of the parameters that were opened.
         read_s: how long it took to read or build.
     """
 
@@ -63,6 +64,7 @@ class Target:
     fixed: tuple[Fixed, ...] = ()
     is_sized: bool = True
     is_opened: bool = True
+    gates: tuple[str, ...] = ()
     read_s: float = 0.0
 
     @property
@@ -160,7 +162,8 @@ def _from_timm(name: str) -> Target:
 
 def _from_safetensors(name: str, path: Path) -> Target:
     model = _opened(load_model(path))
-    return Target(name, _own_example(model), "file", model=model, file=path)
+    gates = tuple(named_gates(model))
+    return Target(name, _own_example(model), "file", model=model, file=path, gates=gates)
 
 
 def _from_onnx(name: str, path: Path) -> Target:
@@ -179,7 +182,7 @@ def _from_onnx(name: str, path: Path) -> Target:
 
 def _from_torchscript(name: str, path: Path) -> Target:
     read = read_torchscript(path)
-    _open(read.gates)
+    _open(read.gates.values())
     return Target(
         name,
         read.example,
@@ -189,6 +192,7 @@ def _from_torchscript(name: str, path: Path) -> Target:
         only=SCRIPT_ENGINES,
         is_sized=read.is_sized,
         is_opened=bool(read.gates),
+        gates=tuple(read.gates),
     )
 
 
@@ -209,6 +213,7 @@ def _from_module(module: nn.Module, example: Any) -> Target:
         model=own,
         only=SCRIPT_ENGINES if is_script else (),
         is_opened=not is_script,
+        gates=() if is_script else tuple(named_gates(own)),
     )
 
 
