@@ -26,6 +26,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from attnsurgeon.arguments import typed
 from attnsurgeon.errors import BadOption, UnknownName
 
 
@@ -187,6 +188,7 @@ def _join(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
+@typed
 def named_gates(model: nn.Module) -> dict[str, nn.Parameter]:
     """Return dotted path -> what opens each gate, in the order of the modules; all start at 0.
 

@@ -28,6 +28,7 @@ from attnsurgeon.borrow import (
     stand_ins,
 )
 from attnsurgeon.errors import HostUnusable, first_line
+from attnsurgeon.network import check_mode
 from attnsurgeon.observation import Convolution, Join, Observation, Shape
 from attnsurgeon.tracks import Tracks, name_of
 
@@ -216,8 +217,9 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Observation:
     came, unless a module of a kind that joins paths has not run by then: then it runs for real.
 
     Raises:
-        HostUnusable: the forward pass fails with this input.
+        HostUnusable: the forward pass fails with this input, or torch.inference_mode() is on.
     """
+    check_mode()
     with borrowed_modes(model), borrowed_randomness(0), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a host's own warnings belong to the host's own runs
         model.eval()

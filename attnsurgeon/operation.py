@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import nn
 
+from attnsurgeon.arguments import typed
 from attnsurgeon.card import HostCard, card_of, give_card
 from attnsurgeon.example import as_inputs
 from attnsurgeon.gate import DEFAULT_FORM
@@ -65,6 +66,7 @@ def operate(model: nn.Module, plan: Plan, example: tuple[Any, ...]) -> tuple[Ver
     return verdict, liveness
 
 
+@typed
 def insert_attention(
     model: nn.Module,
     block: str,
@@ -133,6 +135,7 @@ def insert_attention(
     return _insert(model, (step.checked(),), example)
 
 
+@typed
 def insert_plan(model: nn.Module, plan: Any, *, example: Any = None, seed: int = 0) -> nn.Module:
     """Return a copy of a model with several attentions, each where its step of a plan says.
 
@@ -165,7 +168,7 @@ def _insert(model: nn.Module, steps: tuple[Step, ...], example: Any) -> nn.Modul
     model, notices = plain_network(model)
     check_has_numbers(model)
     for notice in notices:
-        warnings.warn(notice, stacklevel=3)
+        warnings.warn(notice, stacklevel=4)
     inputs = as_inputs(model, example)
     plan = plan_steps(model, inputs, steps)
     operated = copy.deepcopy(model)

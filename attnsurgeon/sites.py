@@ -13,6 +13,7 @@ from torch import nn
 
 from attnsurgeon import blocks
 from attnsurgeon.anatomy import own_class
+from attnsurgeon.arguments import typed
 from attnsurgeon.blocks.block import AttentionBlock
 from attnsurgeon.errors import NoSites, PlacementUnavailable
 from attnsurgeon.example import as_inputs
@@ -97,6 +98,7 @@ class Site:
         return self.spots[placement]
 
 
+@typed
 def find_sites(model: nn.Module, example: Any = None, *, named: Iterable[str] = ()) -> list[Site]:
     """Return the sites of a model in the order of execution.
 

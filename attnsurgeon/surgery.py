@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from attnsurgeon import blocks
+from attnsurgeon.arguments import typed
 from attnsurgeon.blocks.block import AttentionBlock
 from attnsurgeon.borrow import borrowed_randomness
 from attnsurgeon.errors import (
@@ -74,6 +75,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     model.__dict__["_attnsurgeon_cuts"] = (*before, *plan.cuts)
 
 
+@typed
 def remove_attention(model: nn.Module, at: str | Iterable[str] = "*") -> nn.Module:
     """Return a copy of the model without the attention at the matching sites.
 

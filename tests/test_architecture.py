@@ -13,6 +13,7 @@ ROOT = PACKAGE.parent
 
 FLOORS = [
     {"errors", "digits"},
+    {"arguments"},
     {"registry", "gate", "borrow", "outputs", "schema", "tracks", "observation"},
     {"blocks"},
     {"anatomy", "card", "network", "cost", "trial", "unwrapping"},

@@ -202,10 +202,11 @@ class TestExport:
         assert [check.gates for check in made.checks] == ["closed"] * 3 + ["open"] * 3
         norms = [m for name, m in tiny.named_modules() if name.endswith("map.norm")]
         assert [type(norm) for norm in norms] == [nn.BatchNorm2d]  # given back as it was
+        (target,) = targets.read_targets([path])
         if suffix == ".pt" and not options:
-            (target,) = targets.read_targets([path])
             held = dict(target.module.named_parameters())
             assert all(held[name].any() for name in attnsurgeon.gates(tiny))
+        assert len(target.patches) == (len(attnsurgeon.gates(tiny)) if suffix == ".onnx" else 0)
 
     def test_layers_written_to_the_wrong_block_are_noticed(self, tmp_path, monkeypatch):
         torch.manual_seed(0)

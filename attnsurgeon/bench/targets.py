@@ -18,8 +18,9 @@ from attnsurgeon.bench.exported import Fixed, read_onnx, read_torchscript
 from attnsurgeon.borrow import borrowed_randomness
 from attnsurgeon.card import card_of
 from attnsurgeon.checkpoint import check_readable
-from attnsurgeon.errors import BadFile, MissingPackage, UnknownName
+from attnsurgeon.errors import BadFile
 from attnsurgeon.example import as_inputs
+from attnsurgeon.export.onnx_file import Patch, read_file
 from attnsurgeon.gate import named_gates, opened
 from attnsurgeon.host import host_names, load_host
 from attnsurgeon.store import load_model, load_plain
@@ -30,8 +31,6 @@ GATES = (0.25, 0.75)
 
 SCRIPT_ENGINES = ("torchscript", "torchscript-frozen")
 ONNX_ENGINES = ("onnxruntime", "onnxruntime-tensorrt")
-TIMM = "timm:"
-"""Before a name of timm's."""
 
 Inputs = tuple[Any, ...]
 
@@ -49,9 +48,9 @@ class Target:
         only: the engines that can run it, where not all can.
         fixed: for each input of an .onnx file, the axes that it fixes.
         is_sized: whether the example's height and width are known, not guessed.
-        is_opened: whether its gates, if it has any, were opened; an .onnx file has them folded
-            into its constants.
+        is_opened: whether its gates, if it has any, were opened.
         gates: the names of the parameters that were opened.
+        patches: bytes of an .onnx file that open its gates.
         read_s: how long it took to read or build.
     """
 
@@ -65,6 +64,7 @@ class Target:
     is_sized: bool = True
     is_opened: bool = True
     gates: tuple[str, ...] = ()
+    patches: tuple[Patch, ...] = ()
     read_s: float = 0.0
 
     @property
@@ -130,34 +130,9 @@ def _read_kind(thing: str | os.PathLike[str] | nn.Module, example: Any) -> Targe
             f"{name!r} cannot be timed: a target is a .safetensors file of attnsurgeon, an .onnx "
             "file, a TorchScript .pt file or a model's name"
         )
-    if name.startswith(TIMM):
-        return _from_timm(name)
     with borrowed_randomness(0):
         model = load_host(name, weights="none")
     return Target(name, _own_example(model), "random", model=model)
-
-
-def _from_timm(name: str) -> Target:
-    """Build a network of timm with random weights.
-
-    Raises:
-        MissingPackage: timm is not installed.
-        UnknownName: it has no such model.
-    """
-    try:
-        import timm
-    except ImportError as error:
-        raise MissingPackage(
-            f"{name} is a network of timm, which is not installed: pip install timm"
-        ) from error
-    wanted = name.removeprefix(TIMM)
-    if not timm.is_model(wanted):
-        raise UnknownName("timm model", wanted, timm.list_models())
-    with borrowed_randomness(0):
-        model = timm.create_model(wanted, pretrained=False).eval()
-    card: Any = model.pretrained_cfg
-    shape = card.get("input_size", (3, 224, 224))
-    return Target(name, (torch.zeros(1, *shape),), "random", model=model)
 
 
 def _from_safetensors(name: str, path: Path) -> Target:
@@ -168,6 +143,7 @@ def _from_safetensors(name: str, path: Path) -> Target:
 
 def _from_onnx(name: str, path: Path) -> Target:
     read = read_onnx(path)
+    _open(read.gates.values())
     return Target(
         name,
         read.example,
@@ -176,7 +152,8 @@ def _from_onnx(name: str, path: Path) -> Target:
         only=ONNX_ENGINES,
         fixed=read.fixed,
         is_sized=read.is_sized,
-        is_opened=False,
+        is_opened=bool(read.gates),
+        patches=tuple(read_file(path).patches(read.gates)),
     )
 
 

@@ -11,15 +11,20 @@ import os
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from attnsurgeon.arguments import typed
 from attnsurgeon.card import HostCard, card_of
-from attnsurgeon.errors import ExportDiffers
+from attnsurgeon.errors import BadOption, ExportDiffers
 from attnsurgeon.export.against import Agreement, verify_export
 from attnsurgeon.export.format import Settings, format_for, formats
+from attnsurgeon.export.images import Photographs
 from attnsurgeon.export.inputs import Inputs, example_inputs, resized, size_of, trials
+from attnsurgeon.export.onnx_int8 import Int8Draft
+from attnsurgeon.export.precision import HALVES, Precision, lowered, precision_of
 from attnsurgeon.export.proof import Check, gate_values
 from attnsurgeon.export.prove import prove
 from attnsurgeon.gate import gate_numbers, named_gates
@@ -45,6 +50,7 @@ class Artifact:
         dynamic: whether batch, height and width are free.
         checks: every comparison with the model, from disk.
         notices: what the user should know once.
+        precision: that was asked for, or None: the model's own.
     """
 
     output: str
@@ -54,15 +60,20 @@ class Artifact:
     dynamic: bool
     checks: tuple[Check, ...]
     notices: tuple[str, ...] = ()
+    precision: Precision | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
+        """Return plain values; a precision that was asked for, and what it allows, as well."""
+        asked = {}
+        if self.precision is not None:
+            asked = {"precision": self.precision.name, "tolerance": self.precision.to_json()}
         return {
             "output": self.output,
             "format": self.format,
             "bytes": self.bytes,
             "opset": self.opset,
             "dynamic": self.dynamic,
+            **asked,
             "checks": [check.to_json() for check in self.checks],
         }
 
@@ -72,6 +83,7 @@ def export_suffixes() -> list[str]:
     return formats.names()
 
 
+@typed
 def export_model(
     model: nn.Module,
     output: str | os.PathLike[str],
@@ -81,6 +93,8 @@ def export_model(
     static: bool = False,
     exporter: str = "auto",
     optimize: bool = False,
+    precision: str | None = None,
+    images: str | os.PathLike[str] | None = None,
     example: Any = None,
     force: bool = False,
     keep_rejected: bool = False,
@@ -103,6 +117,10 @@ def export_model(
         exporter: of an ONNX file: dynamo, torchscript, or auto, which takes the second where
             torch.export refuses the network.
         optimize: freeze a TorchScript file: its weights become constants, its norms are folded.
+        precision: fp32, fp16 or bf16, which the file's inputs and outputs are then in as well, or
+            int8 (an .onnx file that takes float32). Each is compared with the model in fp32, by
+            the tolerances of PRECISIONS; by default the file is in the model's own.
+        images: a folder of images that int8 is calibrated on.
         example: an image batch that gives channels, dtype and size instead; or a tuple of
             inputs, or a list of images for a network that takes lists.
         force: replace an existing file.
@@ -110,29 +128,52 @@ def export_model(
         progress: is told what is being done.
 
     Raises:
-        UnknownName: no format has that suffix.
+        UnknownName: no format has that suffix, or no precision that name.
         HostUnusable: the network does not run at that size.
-        ExportRefused, BadOption, MissingPackage: see the format.
+        ExportRefused, BadOption, MissingPackage: see the format; or the network does not run in
+            the precision, or takes no images to be calibrated on.
+        BadFile: an image cannot be read.
         OutputRefused: the file cannot be written.
         ExportDiffers: the file does not compute what the model computes; it is removed.
     """
     kind = format_for(output)
-    settings = Settings(opset=opset, dynamic=not static, exporter=exporter, optimize=optimize)
+    settings = Settings(
+        opset=opset,
+        dynamic=not static,
+        exporter=exporter,
+        optimize=optimize,
+        precision=precision,
+        images=None if images is None else Path(images),
+    )
     kind.check(settings)
+    chosen = precision_of(model, precision)
     inputs = example_inputs(model, example, input_size)
-    metadata = _metadata(model, inputs)
+    photographs = _photographs(settings, model, inputs)
+    metadata = {**_metadata(model, inputs), "precision": chosen.name}
     with atomic_output(output, force=force) as part:
         progress(f"translating to {kind.name}")
         pair = resized(inputs, 1 if static else 2, size_of(inputs))  # 1 would be a constant
-        draft = kind.draft(model, pair, settings, metadata)
+        cast = lowered(model, chosen, pair) if chosen.name in HALVES and precision else None
+        draft = kind.draft(cast or model, chosen.cast(pair), settings, metadata)
         batches = trials(model, inputs, static=static)
-        draft.write(part, gate_values(model))
-        notices, size = draft.notices, part.stat().st_size
-        read = draft.reader or kind.open
-        twin = draft if draft.folds_gates else None
-        del draft  # its weights need not stand in memory beside those that are read
+        gates = chosen.cast_gates(gate_values(model))
+        notices = draft.notices
         try:
-            proof = prove(kind.name, read, twin, part, model, batches, settings, progress)
+            if photographs is not None:
+                progress("checking it before it is quantized")
+                draft.write(part, gates)
+                prove(kind.name, kind.open, None, part, model, batches, settings, lambda _: None)
+                progress(f"quantizing, {photographs.notice}")
+                draft = Int8Draft(draft, photographs.images)
+                batches = photographs.in_place_of(batches)
+                notices = (*notices, photographs.notice)
+            draft.write(part, gates)
+            size, read = part.stat().st_size, draft.reader or kind.open
+            twin = draft if draft.folds_gates else None
+            del draft  # its weights need not stand in memory beside those that are read
+            proof = prove(
+                kind.name, read, twin, part, model, batches, settings, progress, chosen, cast
+            )
         except ExportDiffers as error:
             if not keep_rejected:
                 raise
@@ -148,7 +189,22 @@ def export_model(
         dynamic=not static,
         checks=proof.checks,
         notices=(*notices, *proof.notices),
+        precision=chosen if precision else None,
     )
+
+
+def _photographs(settings: Settings, model: nn.Module, inputs: Inputs) -> Photographs | None:
+    """Return what int8 is calibrated on, or None for any other precision.
+
+    Raises:
+        BadOption: the network takes other inputs than one image, or there are no images.
+        BadFile: some cannot be read.
+    """
+    if settings.images is None:
+        return None
+    if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+        raise BadOption(f"--images is for networks of one RGB image, not {type(model).__name__}")
+    return Photographs(settings.images, model, inputs[0])
 
 
 def _metadata(model: nn.Module, inputs: Inputs) -> dict[str, str]:

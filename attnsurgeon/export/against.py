@@ -12,10 +12,17 @@ from torch import Tensor, nn
 
 from attnsurgeon.card import card_of
 from attnsurgeon.errors import BadFile, BadOption, ExportDiffers
-from attnsurgeon.export.format import format_for
+from attnsurgeon.export.format import Opened, format_for
 from attnsurgeon.export.images import image_files, read_images
 from attnsurgeon.export.inputs import example_inputs, size_of, tensors_of, trials
 from attnsurgeon.export.opening import open_gates
+from attnsurgeon.export.precision import (
+    HALVES,
+    PRECISIONS,
+    Precision,
+    lowered,
+    precision_of,
+)
 from attnsurgeon.export.proof import Check, check_file, gate_values, run_with_gates
 
 
@@ -69,10 +76,17 @@ def verify_export(
     batches = trials(model, inputs, static=bool(opened.fixed_axes))
     own = gate_values(model)
     label = "open" if any(bool(value.any()) for value in own.values()) else "closed"
-    checks = check_file(opened.run, model, own, label, batches)
+    precision = _precision_of(opened, file)
+    if precision.name == "int8" and images is not None:
+        batches = []  # the photographs show what it was calibrated for; noise is something else
+    checks = check_file(opened.run, model, own, label, batches, precision)
     if own and kind.has_gates(file, own):
-        values = open_gates(model, min(batches, key=lambda b: tensors_of(b)[0].numel())).values
-        checks += check_file(kind.open(file, values).run, model, values, "open", batches)
+        smallest = min(batches, key=lambda b: tensors_of(b)[0].numel())
+        is_own = precision.name not in HALVES or precision_of(model, None) == precision
+        cast = None if is_own else lowered(model, precision, inputs)
+        values = open_gates(model, smallest, precision, cast).values
+        run = kind.open(file, precision.cast_gates(values)).run
+        checks += check_file(run, model, values, "open", batches, precision)
     seen: dict[str, str] = {}
     if images is not None:
         if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or inputs[0].shape[1] != 3:
@@ -81,7 +95,7 @@ def verify_export(
         parts = [
             (part.to(inputs[0]),) for part in read_images(files, card_of(model), size_of(inputs))
         ]
-        checks += check_file(opened.run, model, own, "images", list(parts))
+        checks += check_file(opened.run, model, own, "images", list(parts), precision)
         seen = {
             str(name): _class_of(model, run_with_gates(model, own, part))
             for name, part in zip(files, parts, strict=True)
@@ -99,6 +113,17 @@ def verify_export(
             f"same for {100 * worst.top1_agreement:.0f} %"
         )
     return Agreement(str(file), kind.name, tuple(checks), seen)
+
+
+def _precision_of(opened: Opened, file: Path) -> Precision:
+    """Return the precision that a file says it is in.
+
+    Raises:
+        BadFile: there is none of that name.
+    """
+    if opened.precision not in PRECISIONS:
+        raise BadFile(f"{file.name} says that it is in {opened.precision!r}, which is not known")
+    return PRECISIONS[opened.precision]
 
 
 def _class_of(model: nn.Module, outputs: list[Tensor]) -> str:

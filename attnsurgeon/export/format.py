@@ -31,11 +31,13 @@ class Opened:
         run: runs it.
         opset: the opset that the file asks for, if the format has such a thing.
         fixed_axes: the input axes that the file fixes, as far as it says.
+        precision: that of its numbers, by what it says itself.
     """
 
     run: Runner
     opset: int | None = None
     fixed_axes: tuple[str, ...] = ()
+    precision: str = "fp32"
 
     def __call__(self, inputs: Inputs) -> list[Tensor]:
         """Run the file."""
@@ -54,6 +56,8 @@ class Settings:
     dynamic: bool = True
     exporter: str = "auto"
     optimize: bool = False
+    precision: str | None = None
+    images: Path | None = None
 
 
 def refuse_onnx_settings(settings: Settings, suffix: str) -> None:

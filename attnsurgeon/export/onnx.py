@@ -19,6 +19,7 @@ from attnsurgeon.export.inputs import Inputs, tensors_of
 from attnsurgeon.export.last_norms import last_norms_written_out
 from attnsurgeon.export.onnx_file import read_file, write_file
 from attnsurgeon.export.onnx_runtime import newest_ir, newest_opset
+from attnsurgeon.export.precision import refuse_precision
 from attnsurgeon.gate import named_gates
 
 EXPORTERS = ("auto", "dynamo", "torchscript")
@@ -174,13 +175,14 @@ class Onnx(Format):
 
         Raises:
             UnknownName: no exporter is called so.
-            ExportRefused: freezing was asked for.
+            ExportRefused: freezing was asked for, or bf16.
             BadOption: an opset that cannot be written or read.
             MissingPackage: a version of onnxscript known to be wrong.
         """
         if settings.exporter not in EXPORTERS:
             raise UnknownName("exporter", settings.exporter, EXPORTERS)
         refuse_optimize(settings, ".onnx")
+        refuse_precision(settings, ".onnx", ("fp32", "fp16", "int8"))
         check_onnxscript()
         check_opset(settings.opset, settings.exporter)
 
@@ -200,6 +202,7 @@ class Onnx(Format):
         _name_gates(translated, model)
         with _as_inputs(translated, named_gates(model)):
             _optimize(translated, settings.opset)
+        _forget_origins(translated)
         translated.ir_version = min(translated.ir_version, newest_ir())
         return _OnnxDraft(translated, metadata, notices)
 
@@ -222,11 +225,21 @@ class Onnx(Format):
             arrays = process([part.detach().cpu().numpy() for part in tensors_of(inputs)])
             return [torch.from_numpy(array) for array in arrays]
 
-        return Opened(run, opset=file.opset, fixed_axes=tuple(file.fixed_axes))
+        return Opened(
+            run,
+            opset=file.opset,
+            fixed_axes=tuple(file.fixed_axes),
+            precision=file.notes.get("precision", "fp32"),
+        )
 
     def has_gates(self, path: Path, gates: Collection[str]) -> bool:
-        """Tell whether the file holds gates by name."""
-        return set(gates) <= read_file(path).spots.keys()
+        """Tell whether the file holds these gates by name, and they can be set.
+
+        Of an int8 file they cannot: its maps were calibrated with its gates as they are.
+        """
+        file = read_file(path)
+        is_calibrated = file.notes.get("precision") == "int8"
+        return not is_calibrated and set(gates) <= file.spots.keys()
 
 
 def _translate(model: nn.Module, inputs: Inputs, settings: Settings) -> tuple[Any, tuple[str, ...]]:
@@ -259,3 +272,16 @@ def _optimize(model: Any, opset: int | None) -> None:
     optimizer.optimize_ir(model)
     if opset is not None and opset != model.opset_imports.get(""):
         version_converter.convert_version(model, opset, fallback=True)
+
+
+def _forget_origins(model: Any) -> None:
+    """Take out what exporters note of every node: call stacks, with the folders of this machine."""
+    for graph in model.graphs():
+        graph.metadata_props.clear()
+        for node in graph:
+            node.metadata_props.clear()
+            for value in node.outputs:
+                value.metadata_props.clear()
+        for value in (*graph.inputs, *graph.initializers.values()):
+            value.metadata_props.clear()
+    model.metadata_props.clear()

@@ -65,7 +65,7 @@ def export_program(
         ),
         inputs,
     )
-    with torch.no_grad(), borrowed_modes(model), _logs_held_back():
+    with torch.no_grad(), borrowed_modes(model), logs_held_back():
         model.eval()
         try:
             return torch.export.export(
@@ -79,7 +79,7 @@ def export_program(
 
 
 @contextmanager
-def _logs_held_back() -> Iterator[None]:
+def logs_held_back() -> Iterator[None]:
     """Keep torch from logging the whole graph of what it refuses: the error says why."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

@@ -8,11 +8,12 @@ and kind), and, for those of bytes, a length before them. Field numbers are thos
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor
 
 from attnsurgeon.errors import BadFile
@@ -22,8 +23,14 @@ if TYPE_CHECKING:
     import onnx
 
 _GRAPH, _INITIALIZER = 7, 5
-_TENSOR_NAME, _TENSOR_RAW = 8, 9
+_TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW = 2, 8, 9
 _VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5
+
+_FLOATS = {1: torch.float32, 10: torch.float16, 11: torch.float64, 16: torch.bfloat16}
+"""By the numbers of onnx.proto."""
+
+Patch = tuple[int, bytes]
+"""Where in a file other bytes go, and these bytes."""
 
 
 def write_file(model: Any, path: Path) -> None:
@@ -71,17 +78,24 @@ class OnnxFile:
         path: of the file.
         header: the message without the tensors of its graph.
         spots: name of a tensor -> first and last byte of its values in the file.
+        kinds: name of a tensor -> number of its ONNX data type.
     """
 
     path: Path
     header: onnx.ModelProto
     spots: Mapping[str, tuple[int, int]]
+    kinds: Mapping[str, int]
 
     @property
     def opset(self) -> int | None:
         """Return the version of the default operator set."""
         sets = self.header.opset_import
         return next((each.version for each in sets if each.domain in ("", "ai.onnx")), None)
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """Return what the file says about itself beside the graph."""
+        return {each.key: each.value for each in self.header.metadata_props}
 
     @property
     def fixed_axes(self) -> list[str]:
@@ -94,7 +108,21 @@ class OnnxFile:
             if dims[i].HasField("dim_value")
         ]
 
-    def patches(self, values: Mapping[str, Tensor]) -> list[tuple[int, bytes]]:
+    def values(self, name: str) -> Tensor:
+        """Return a copy of the values of a tensor of floats, in one row.
+
+        Raises:
+            BadFile: it is of another type, or its values do not stand in the file.
+        """
+        start, end = self.spots[name]
+        kind = _FLOATS.get(self.kinds[name])
+        if kind is None or start == end:
+            raise BadFile(f"{self.path.name} has no floats of its own in {name!r}")
+        with self.path.open("rb") as stream:
+            stream.seek(start)
+            return torch.frombuffer(bytearray(stream.read(end - start)), dtype=kind)
+
+    def patches(self, values: Mapping[str, Tensor]) -> list[Patch]:
         """Return where in the file other values of some tensors go, and their bytes.
 
         Raises:
@@ -102,12 +130,20 @@ class OnnxFile:
         """
         found = []
         for name, value in values.items():
-            raw = value.detach().cpu().numpy().tobytes()
+            raw = value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
             start, end = self.spots.get(name, (0, 0))
             if end - start != len(raw):
                 raise BadFile(f"{self.path.name} has no tensor {name!r} of {len(raw)} bytes")
             found.append((start, raw))
         return found
+
+
+def patched(path: Path, patches: Iterable[Patch]) -> bytes:
+    """Return the bytes of a file with some of them exchanged."""
+    data = bytearray(path.read_bytes())
+    for start, raw in patches:
+        data[start : start + len(raw)] = raw
+    return bytes(data)
 
 
 def read_file(path: Path) -> OnnxFile:
@@ -120,6 +156,7 @@ def read_file(path: Path) -> OnnxFile:
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     spots: dict[str, tuple[int, int]] = {}
+    kinds: dict[str, int] = {}
     outside, inside = bytearray(), bytearray()
     try:
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as m:
@@ -131,23 +168,27 @@ def read_file(path: Path) -> OnnxFile:
                     if inner != _INITIALIZER:
                         inside += m[inner_key:last]
                     else:
-                        _note(m, first, last, spots)
+                        _note(m, first, last, spots, kinds)
         whole = bytes(outside) + _key(_GRAPH) + _varint(len(inside)) + bytes(inside)
         header = onnx.ModelProto.FromString(whole)
     except (ValueError, IndexError, DecodeError) as error:
         raise BadFile(f"{path.name} is no ONNX file: {error}") from error
-    return OnnxFile(path, header, spots)
+    return OnnxFile(path, header, spots, kinds)
 
 
-def _note(data: mmap.mmap, start: int, end: int, spots: dict[str, tuple[int, int]]) -> None:
-    """Enter where one tensor's values are."""
-    name, spot = "", (0, 0)
+def _note(
+    data: mmap.mmap, start: int, end: int, spots: dict[str, tuple[int, int]], kinds: dict[str, int]
+) -> None:
+    """Enter where one tensor's values are, and of what type."""
+    name, spot, kind = "", (0, 0), 0
     for number, _, first, last in _fields(data, start, end):
         if number == _TENSOR_NAME:
             name = data[first:last].decode()
         elif number == _TENSOR_RAW:
             spot = (first, last)
-    spots[name] = spot
+        elif number == _TENSOR_TYPE:
+            kind = _read_varint(data, first)[0]
+    spots[name], kinds[name] = spot, kind
 
 
 def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:

@@ -14,6 +14,7 @@ from attnsurgeon.borrow import borrowed_buffers, borrowed_numerics, borrowed_ran
 from attnsurgeon.errors import ExportRefused
 from attnsurgeon.export.format import leaves
 from attnsurgeon.export.inputs import Inputs
+from attnsurgeon.export.precision import Precision
 from attnsurgeon.export.proof import (
     compare_outputs,
     gate_values,
@@ -23,10 +24,13 @@ from attnsurgeon.export.proof import (
 )
 from attnsurgeon.gate import named_gates, opened
 
-VISIBLE = 100
-"""Opened gates must move the output by this many tolerances: what cannot be seen proves nothing."""
+VISIBLE, PLAIN = 100, 0.1
+"""Opened gates must move the output by this many tolerances, or, where these are wide, by this
+share of its largest element and two of them: what cannot be seen proves nothing."""
 NOISE = 0.2
 """Of the tolerance: what rounding may take of it at most, where gates are opened very far."""
+FARTHEST = 10.0
+"""Of a gate in a file of few digits, which may never tell one gate from another."""
 ROUNDS = 16
 """Of opening gates further, up to threefold: a layer scale of 1e-6 takes twelve."""
 
@@ -44,13 +48,24 @@ class Opening:
     unseen: tuple[str, ...]
 
 
-def open_gates(model: nn.Module, inputs: Inputs) -> Opening:
+def open_gates(
+    model: nn.Module,
+    inputs: Inputs,
+    precision: Precision | None = None,
+    cast: nn.Module | None = None,
+) -> Opening:
     """Return an opening for every gate, all different, of which each visibly moves the output.
 
     Openings are spread over 0.25 to 1, of either sign in turn: all of one sign would shrink the
     signal at every block, until early ones cannot be seen. A gate whose place another's value
     could take unnoticed is opened further: a branch behind a tiny layer scale would otherwise hide
-    whatever its attention computes. All together they must move the output by VISIBLE tolerances.
+    whatever its attention computes. All together they must move the output visibly.
+
+    Args:
+        model: to be opened.
+        inputs: what it is run on.
+        precision: of the file to be checked, whose tolerance it is.
+        cast: the model in that precision; what it loses is noise, and it opens no gate further.
 
     Raises:
         ExportRefused: they never do, and a check of them would prove nothing.
@@ -58,13 +73,21 @@ def open_gates(model: nn.Module, inputs: Inputs) -> Opening:
     openings = sound = _spread(named_gates(model))
     best: Opening | None = None
     reference = run_with_gates(model, gate_values(model), inputs)
-    tolerance = tolerance_of(reference)
+    tolerance = tolerance_of(reference) if precision is None else precision.max_rel
+    visible = max(2 * tolerance, min(VISIBLE * tolerance, PLAIN))
+
+    def noise_of(values: Mapping[str, Tensor], found: list[Tensor]) -> float:
+        if precision is None or cast is None:
+            return _noise(model, values, inputs, found)
+        rounded = run_with_gates(cast, values, precision.cast(inputs))
+        return compare_outputs(found, rounded, 1.0)[1]
+
     closed = {name: torch.zeros_like(value) for name, value in openings.items()}
-    own_noise = _noise(model, closed, inputs, run_with_gates(model, closed, inputs))
+    own_noise = noise_of(closed, run_with_gates(model, closed, inputs))
     for _ in range(ROUNDS):
         found = run_with_gates(model, openings, inputs)
         moved = compare_outputs(reference, found, tolerance)[1]
-        noise = _noise(model, openings, inputs, found)
+        noise = noise_of(openings, found)
         if not math.isfinite(moved) or not noise < max(NOISE * tolerance, 3 * own_noise):
             if openings is sound:
                 openings = sound = {name: value / 2 for name, value in sound.items()}
@@ -73,10 +96,10 @@ def open_gates(model: nn.Module, inputs: Inputs) -> Opening:
             continue
         shifts = _shifts(model, openings, inputs)
         hidden = {name: shift for name, shift in shifts.items() if not shift > tolerance}
-        if moved > VISIBLE * tolerance:
+        if moved > visible:
             if best is None or len(hidden) < len(best.unseen):
                 best = Opening(openings, tuple(hidden))
-            if not hidden:
+            if not hidden or (cast is not None and _farthest(openings) > FARTHEST):
                 break
         sound, openings = openings, _further(openings, hidden or shifts, tolerance)
     if best is None:
@@ -116,6 +139,16 @@ def _further(
         for name, shift in hidden.items()
     }
     return {name: value * factors.get(name, 1.0) for name, value in openings.items()}
+
+
+def _farthest(openings: Mapping[str, Tensor]) -> float:
+    return max((value.abs().max().item() for value in openings.values()), default=0.0)
+
+
+def plain_openings(model: nn.Module) -> dict[str, Tensor]:
+    """Return an opening for every gate, as training would leave them: numbers in (0, 1)."""
+    openings = _spread(named_gates(model))
+    return {name: v.abs() if v.ndim < 2 else v for name, v in openings.items()}
 
 
 def _spread(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:

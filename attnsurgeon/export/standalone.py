@@ -20,6 +20,7 @@ from attnsurgeon.export.format import (
 )
 from attnsurgeon.export.fresh import FreshProcess
 from attnsurgeon.export.inputs import Inputs, on_cpu
+from attnsurgeon.export.precision import refuse_precision
 from attnsurgeon.export.source import write_source
 from attnsurgeon.store import make_recipe
 from attnsurgeon.surgery import cuts_of
@@ -58,10 +59,11 @@ class Standalone(Format):
         """Refuse settings of other formats.
 
         Raises:
-            ExportRefused: an opset, an exporter or freezing was asked for.
+            ExportRefused: an opset, an exporter, freezing or another precision was asked for.
         """
         refuse_onnx_settings(settings, ".py")
         refuse_optimize(settings, ".py")
+        refuse_precision(settings, ".py", ("fp32",))
 
     def draft(
         self, model: nn.Module, inputs: Inputs, settings: Settings, metadata: Mapping[str, str]

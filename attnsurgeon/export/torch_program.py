@@ -25,6 +25,7 @@ from attnsurgeon.export.format import (
 )
 from attnsurgeon.export.inputs import Inputs, free_axes, on_cpu
 from attnsurgeon.export.onnx_dynamo import export_program
+from attnsurgeon.export.precision import HALVES, refuse_precision
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram  # 0.1 s that only an export need wait for
@@ -36,8 +37,11 @@ class _ProgramDraft(Draft):
         self.metadata = dict(metadata)
 
     def write(self, path: Path, gates: Mapping[str, Tensor]) -> None:
+        state = self.program.state_dict
         for name, value in gates.items():
-            self.program.state_dict[name] = nn.Parameter(value)  # the model keeps its own
+            old, new = state[name], nn.Parameter(value)  # the model keeps its own
+            # A module in two places has two names here, and the graph may read either.
+            state.update({other: new for other, held in state.items() if held is old})
         memory = io.BytesIO()  # by name, only one that ends in .pt2 is taken
         torch.export.save(self.program, memory, extra_files=self.metadata)
         path.write_bytes(memory.getbuffer())
@@ -53,10 +57,11 @@ class TorchProgram(Format):
         """Refuse settings of other formats.
 
         Raises:
-            ExportRefused: an opset, an exporter or freezing was asked for.
+            ExportRefused: an opset, an exporter, freezing or int8 was asked for.
         """
         refuse_onnx_settings(settings, ".pt2")
         refuse_optimize(settings, ".pt2")
+        refuse_precision(settings, ".pt2", ("fp32", *HALVES))
 
     def draft(
         self, model: nn.Module, inputs: Inputs, settings: Settings, metadata: Mapping[str, str]
@@ -75,19 +80,21 @@ class TorchProgram(Format):
         Raises:
             BadFile: it is no program of torch.export.
         """
+        notes = {"precision": ""}
         try:
             with path.open("rb") as stream:
-                program = torch.export.load(io.BytesIO(stream.read()))
+                program = torch.export.load(io.BytesIO(stream.read()), extra_files=notes)
         except Exception as error:  # a zip file, JSON and a graph are read: anything may be wrong
             raise BadFile(
                 f"{path.name} is no program of torch.export: {first_line(error)}"
             ) from error
         module = program.module()
-        parameters = dict(module.named_parameters())
+        parameters = dict(module.named_parameters(remove_duplicate=False))
         with torch.no_grad():
             for name, value in (gates or {}).items():
                 parameters[name].copy_(value)
-        return Opened(run=_runner(module), fixed_axes=_fixed_axes(program))
+        precision = notes["precision"] or "fp32"
+        return Opened(_runner(module), fixed_axes=_fixed_axes(program), precision=precision)
 
 
 def _runner(module: Any) -> Runner:

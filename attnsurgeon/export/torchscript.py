@@ -26,6 +26,7 @@ from attnsurgeon.export.format import (
     register,
 )
 from attnsurgeon.export.inputs import Inputs, on_cpu, resized, size_of
+from attnsurgeon.export.precision import HALVES, refuse_precision
 
 NOTICE = (
     "TorchScript is deprecated as of torch 2.11: the file runs where torch.jit still is; "
@@ -116,9 +117,10 @@ class TorchScript(Format):
         """Refuse settings of other formats.
 
         Raises:
-            ExportRefused: an opset or an exporter was asked for.
+            ExportRefused: an opset, an exporter or int8 was asked for.
         """
         refuse_onnx_settings(settings, ".pt")
+        refuse_precision(settings, ".pt", ("fp32", *HALVES))
 
     def draft(
         self, model: nn.Module, inputs: Inputs, settings: Settings, metadata: Mapping[str, str]
@@ -140,9 +142,9 @@ class TorchScript(Format):
         Raises:
             BadFile: it is not TorchScript.
         """
-        module = load_torchscript(path)[0]
+        module, notes = load_torchscript(path, ["precision"])
         _set(module, gates or {})
-        return Opened(_runner(module))
+        return Opened(_runner(module), precision=notes["precision"] or "fp32")
 
     def has_gates(self, path: Path, gates: Collection[str]) -> bool:
         """Tell whether the file has parameters still: one that was frozen has none."""

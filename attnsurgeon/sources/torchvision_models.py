@@ -71,7 +71,7 @@ def _describe(
     preset = chosen.transforms() if chosen is not None else None
     channels = default_example(model, (1, 1)).shape[1]
     known = [chosen] if chosen is not None else list(get_model_weights(name))
-    shapes, is_list = input_shapes(name, model, channels, known)
+    shapes, is_list = input_shapes(name, model, channels, known, arguments)
     return HostCard(
         name=name,
         class_name=type(model).__name__,

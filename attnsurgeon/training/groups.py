@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attnsurgeon.arguments import typed
 from attnsurgeon.blocks.block import AttentionBlock
 from attnsurgeon.errors import BadOption, HostUnusable, OptimizerMismatch
 from attnsurgeon.gate import gate_numbers
@@ -21,6 +22,7 @@ NORMS = (
 """What torchvision's training recipe counts as a norm."""
 
 
+@typed
 def parameter_groups(
     model: nn.Module,
     *,
@@ -121,6 +123,7 @@ def inserted_modules(model: nn.Module) -> set[int]:
     }
 
 
+@typed
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Refuse an optimiser that would not train this model: made before the surgery, say.
 

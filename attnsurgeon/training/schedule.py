@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnsurgeon.arguments import typed
 from attnsurgeon.blocks.block import AttentionBlock
 from attnsurgeon.errors import BadOption, GateLost, HostUnusable
 from attnsurgeon.gate import gate_numbers, named_gates
 
 
+@typed
 def project_gates(model: nn.Module) -> None:
     """Put the gates that mix branches (SK's) back into [0, 1]; call it after each step.
 
@@ -46,6 +48,7 @@ class GateSchedule:
         BadOption: numbers of steps that are not positive; annealing of gates without a number.
     """
 
+    @typed
     def __init__(
         self,
         model: nn.Module,

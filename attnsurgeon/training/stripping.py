@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from attnsurgeon.arguments import typed
 from attnsurgeon.errors import BadFile, HostUnusable
 from attnsurgeon.gate import CentredGate, Gate, gate_numbers, named_gates
 from attnsurgeon.surgery import cuts_of
@@ -32,6 +33,7 @@ class UngatedTwice(Ungated):
         return (2 * attention).to(features.dtype)
 
 
+@typed
 def strip_gates(model: nn.Module) -> nn.Module:
     """Return a copy whose gates, all exactly 1, are gone: the published blocks, bitwise equal.
 
