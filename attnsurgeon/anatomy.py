@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from attnsurgeon.blocks.block import AttentionBlock
 from attnsurgeon.borrow import borrowed_buffers
 from attnsurgeon.errors import PlacementUnavailable, first_line
 
@@ -107,7 +108,8 @@ def _probe(block: nn.Module, training: bool) -> tuple[nn.Module, dict[str, Any]]
     copies["_buffers"] = {
         name: None if buffer is None else buffer.clone() for name, buffer in block._buffers.items()
     }
-    probe.__dict__ = {**block.__dict__, **copies, "training": training}
+    children = {n: m for n, m in block._modules.items() if not isinstance(m, AttentionBlock)}
+    probe.__dict__ = {**block.__dict__, **copies, "_modules": children, "training": training}
     return probe, copies
 
 

@@ -250,10 +250,11 @@ def rebuild_host(card: HostCard, *, weightless: bool = False) -> nn.Module:
         MissingPackage: timm, which built it, is not installed.
     """
     if card.name is None:
-        made_by = card.factory or "file.py:factory"
+        made_by = card.factory or "arguments of its own, in code"
+        again = f"path/to/{card.factory}" if card.factory else "FILE.py:NAME of what builds it so"
         raise HostUnusable(
             f"the file was made from your own {card.class_name} ({made_by}), and no code is run "
-            f"because a file names it: give --host path/to/{made_by}, or host= to load_model"
+            f"because a file names it: give --host {again}, or host= to load_model"
         )
     source = source_of(card.name)
     if source is own or not source.knows(card.name):

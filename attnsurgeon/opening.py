@@ -122,7 +122,7 @@ def watch(
     given: dict[str, Any] = {"arguments": arguments, "inputs": inputs}
     if host is not None or is_model_file(model):
         return find_sites(open_model(model, weights=NO_WEIGHTS, host=host, **given))
-    check_host(model)
+    check_host(model, weights=NO_WEIGHTS)
     try:
         return find_sites(load_outline(model, **given))
     except HostUnusable:  # it asks for numbers, which an outline does not have

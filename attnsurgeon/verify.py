@@ -22,6 +22,8 @@ from attnsurgeon.liveness import Liveness, check_liveness, same
 from attnsurgeon.probes import Inputs, arguments_in, small_resizes, unfolded
 
 MODES = ("eval", "train")
+_MOST_TOLD = 8
+"""Sites that one line names."""
 
 
 @dataclass(frozen=True)
@@ -191,10 +193,12 @@ def keep_promises(
     liveness = check_liveness(model, inputs[0])
     if liveness.dead:
         first = liveness.dead[0]
+        sites = list(dict.fromkeys(_site_of(gate) for gate in liveness.dead))
+        told = " ".join(map(repr, sites[:_MOST_TOLD])) + " ..." * (len(sites) > _MOST_TOLD)
         raise IdentityBroken(
             f"{len(liveness.dead)} of {liveness.gates} gates cannot learn, the first {first}: no "
             "gradient reaches it or opening it changes no output (is the branch it scales all "
-            f"zero?); nothing was kept; give --exclude {_site_of(first)!r} or another --placement"
+            f"zero?); nothing was kept; give --exclude {told} or another --placement"
         )
     return verdict, liveness
 

@@ -14,7 +14,7 @@ ROOT = PACKAGE.parent
 FLOORS = [
     {"errors", "digits"},
     {"arguments"},
-    {"registry", "gate", "borrow", "outputs", "schema", "tracks", "observation"},
+    {"registry", "gate", "borrow", "outputs", "schema", "tracks", "observation", "walks"},
     {"blocks"},
     {"anatomy", "card", "network", "cost", "trial", "unwrapping"},
     {"observe", "wiring", "checkpoint", "probes", "inputs"},

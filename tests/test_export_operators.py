@@ -9,9 +9,12 @@ from tests import exports
 
 HOST = {"Conv", "Relu", "Add", "ReduceMean", "Gemm", "Shape", "Reshape"}
 GOLDEN = {
-    "se": {"Sigmoid", "Sub", "Mul"},
-    "cbam": {"Sigmoid", "Sub", "Mul", "ReduceMax", "Concat"},
-    "sk": {"Softmax", "Sub", "Mul", "Gather"},
+    "se": {"GlobalAveragePool", "Sigmoid", "Sub", "Mul"},
+    "cbam": {
+        *{"GlobalAveragePool", "GlobalMaxPool", "ReduceMax", "MatMul", "Concat"},
+        *{"Sigmoid", "Sub", "Mul"},
+    },
+    "sk": {"GlobalAveragePool", "Softmax", "Sub", "Mul", "Gather"},
 }
 
 
@@ -22,5 +25,6 @@ def test_operators(block, tmp_path):
     assert {node.domain for node in graph.node} == {""}
     assert {node.op_type for node in graph.node} - HOST == GOLDEN[block]
     # Each map is pooled by one node: a pool of a known size would fix the size of the input.
-    pools = [node.op_type for node in graph.node if node.op_type.startswith("Reduce")]
-    assert pools.count("ReduceMean") == 1 + 3 * {"se": 1, "cbam": 2, "sk": 2}[block]
+    pools = [node.op_type for node in graph.node if node.op_type.startswith("Global")]
+    assert pools.count("GlobalAveragePool") == 3 * {"se": 1, "cbam": 1, "sk": 2}[block]
+    assert pools.count("GlobalMaxPool") == 3 * (block == "cbam")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -347,6 +348,18 @@ class TestRecipe:
         assert run("verify", "x.safetensors").code == 0
         with pytest.raises(HostUnusable, match="of another shape"):  # it is made with 3 classes
             attnsurgeon.load_model("x.safetensors", host="mine.py:build")
+
+    def test_a_registered_network_with_other_arguments_is_ones_own(self, folder):
+        def build():
+            return torchvision.models.mobilenet_v3_small(weights=None, reduced_tail=True)
+
+        where = {"at": "features.4", "example": torch.zeros(1, 3, 64, 64)}
+        operated = attnsurgeon.insert_attention(build().eval(), "se", **where)
+        attnsurgeon.save_model(operated, "x.safetensors")
+        says = r"own MobileNetV3 \(arguments of its own.*--host FILE.py:NAME of what builds it so"
+        with pytest.raises(HostUnusable, match=says):
+            attnsurgeon.load_model("x.safetensors")
+        assert attnsurgeon.gates(attnsurgeon.load_model("x.safetensors", host=build))
 
     def test_a_host_is_for_files(self, net, refused):
         refused(*INSERT, "--host", "net.py:build", says=["--host", "net.py:build names one"])

@@ -1,7 +1,7 @@
 """Concurrent Spatial and Channel Squeeze & Excitation (Roy et al., MICCAI 2018, arXiv:1803.02579).
 
-Section 2: cSE (equations 1 and 2), sSE (equation 3), and their sum, scSE. The journal version
-(arXiv:1808.08127) takes the greater of the two: `fusion=max`, as the released code does.
+Section 2: cSE, sSE, and their sum, scSE. The journal version (arXiv:1808.08127) takes the greater
+of the two: `fusion=max`, as the released code does.
 
 One gate per half. The sum is mixed as (1 - gc)(1 - gs) + gc * c + gs * s: with both gates at 0
 that is exactly 1, with one of them at 1 the published half alone, with both the published sum.

@@ -1,4 +1,4 @@
-"""Global Context block (Cao et al., ICCVW 2019, arXiv:1904.11492), equation 6.
+"""Global Context block (Cao et al., ICCVW 2019, arXiv:1904.11492).
 
 Differs from the released code: the last 1x1 convolution starts at its ordinary value, since the
 gate already is the zero (two zeros in series would never learn).
@@ -18,7 +18,7 @@ FUSIONS = ("channel_add", "channel_mul")
 
 
 class ContextPool(nn.Module):
-    """Sum the positions by a softmax over them (equation 6). (N, C, H, W) -> (N, C, 1, 1)."""
+    """Sum the positions by a softmax over them. (N, C, H, W) -> (N, C, 1, 1)."""
 
     __constants__ = ("dims",)
 

@@ -28,8 +28,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from timm.layers import GlobalContext, SelectiveKernel, SEModule
 from timm.layers.cbam import CbamModule
+from timm.layers.global_context import GlobalContext
+from timm.layers.selective_kernel import SelectiveKernel
+from timm.layers.squeeze_excite import SEModule
 from torch import Tensor, nn
 from torchvision.models.resnet import Bottleneck
 
@@ -55,7 +57,7 @@ once for each maximum as well; SK writes a second branch and the mix, and reads 
 SIDES = ("plain", "ours", "timm")
 
 
-class TimmSelective(Bottleneck):
+class TimmSelective(Bottleneck):  # type: ignore[misc]
     """A bottleneck whose 3x3, norm and activation timm's selective kernel replaces."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -67,7 +69,7 @@ class TimmSelective(Bottleneck):
 def with_timm(host: nn.Module, block: str) -> nn.Module:
     """Return a copy of the host with timm's block in every residual block."""
     model = copy.deepcopy(host)
-    make = {"se": SEModule, "cbam": CbamModule, "gc": add_context}
+    make: dict[str, Any] = {"se": SEModule, "cbam": CbamModule, "gc": add_context}
     for part in [m for m in model.modules() if isinstance(m, Bottleneck)]:
         if block != "sk":
             part.bn3 = nn.Sequential(part.bn3, make[block](part.conv3.out_channels))
@@ -147,7 +149,7 @@ class Row:
         return "| " + " | ".join(map(str, cells)) + " |"
 
 
-HEAD = """| block | engine | batch | plain, ms | ours adds, ms | timm adds, ms | ours / timm | limit, ms |
+HEAD = """| block | engine | batch | plain, ms | ours, ms | timm, ms | ours / timm | limit, ms |
 |---|---|---|---|---|---|---|---|"""
 
 
