@@ -3,6 +3,8 @@
 import copy
 import functools
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ from torch import nn
 
 import attnsurgeon
 from attnsurgeon import blocks, gate
-from attnsurgeon.bench import targets
+from attnsurgeon.bench import ready, targets
 from attnsurgeon.errors import BadFile, BadOption, ExportDiffers, HostUnusable, IdentityBroken
 from attnsurgeon.gate import CentredGate, Gate, LayerGate, gate_numbers
 from attnsurgeon.host import load_host
@@ -24,6 +26,7 @@ from attnsurgeon.training.openings import measure_openings
 from tests import exports
 from tests.exports import Planted
 
+README = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
 LAYERS = {"cbam": "layer", "gc": "layer", "nonlocal": "layer", "se": "centred"}
 OPTIONS = {"cbam": {}, "gc": {"reduction": 4}, "nonlocal": {"norm": True}, "se": {}}
 
@@ -109,6 +112,19 @@ class TestArithmetic:
             attnsurgeon.insert_attention(host, "timm:se", gate="layer", example=exports.EXAMPLE)
 
 
+@pytest.mark.parametrize("form", ["centred", "layer"])
+def test_the_readme_names_the_blocks(form):
+    """For `ge`, whose gathering alone has no last layer, with the option that gives it one."""
+    (row,) = re.findall(rf"^\| `{form}` \| .* \| (.*) \|$", README, re.M)
+    named = [name for name in re.findall(r"`(\w+)`", row) if name in blocks.names()]
+    able = []
+    for name in blocks.names():
+        options = {"mlp": True} if name == "ge" else {}
+        if form in gate.forms_of(blocks.get(name)(32, **options)):
+            able.append(name)
+    assert named == able
+
+
 class TestRecipe:
     def test_each_cut_has_its_own(self, tiny):
         recipe = make_recipe(tiny)
@@ -186,10 +202,11 @@ class TestExport:
         assert [check.gates for check in made.checks] == ["closed"] * 3 + ["open"] * 3
         norms = [m for name, m in tiny.named_modules() if name.endswith("map.norm")]
         assert [type(norm) for norm in norms] == [nn.BatchNorm2d]  # given back as it was
+        (target,) = targets.read_targets([path])
         if suffix == ".pt" and not options:
-            (target,) = targets.read_targets([path])
             held = dict(target.module.named_parameters())
             assert all(held[name].any() for name in attnsurgeon.gates(tiny))
+        assert len(target.patches) == (len(attnsurgeon.gates(tiny)) if suffix == ".onnx" else 0)
 
     def test_layers_written_to_the_wrong_block_are_noticed(self, tmp_path, monkeypatch):
         torch.manual_seed(0)
@@ -238,6 +255,25 @@ class TestAfterwards:
         assert told[0]["gates"] == {"excite.weight": 0.5, "excite.bias": 0}
         assert told[0]["change"] > 0 == told[1]["change"]
 
+    def test_verify_closes_the_layers(self, run, file):
+        done = json.loads(run("verify", file, "--json").out)
+        assert done["identity"]["exact"]
+        assert done["gates_closed"] is False
+        assert done["liveness"] == {"gates": 2, "live": 2}
+
+    def test_bench_opens_the_layers_and_sees_whether_they_were_folded_away(self, file):
+        (target,) = targets.read_targets([file, "digits"])[:1]
+        held = dict(target.module.named_parameters())
+        assert set(target.gates) == set(attnsurgeon.gates(target.module))
+        assert all(held[name].any() for name in target.gates)
+        opened = [target.module(*target.example)]
+        for name in target.gates:
+            held[name].data.zero_()
+        closed = [target.module(*target.example)]
+        (again,) = targets.read_targets([file, "digits"])[:1]
+        assert ready.gates_doubt(again, again.example, opened) is None
+        assert "folded away" in ready.gates_doubt(again, again.example, closed)
+
     def test_closing_a_layer_is_removing_it(self, file):
         model = load_model(file)
         sample = sample_inputs(model)
@@ -271,6 +307,14 @@ class TestAfterwards:
         weight.data[0] = float("nan")
         with pytest.raises(attnsurgeon.AttnSurgeonError, match=rf"{name} became NaN .* step 2"):
             schedule.step()
+
+    @pytest.mark.parametrize("turned", [False, True])
+    def test_a_checkpoint_of_another_form(self, refused, file, digits_file, folder, turned):
+        own, other = (digits_file, file) if turned else (file, digits_file)
+        torch.save(load_model(other).state_dict(), "other.pth")
+        says = ["other.pth", "another form of gate", "gate.openness", "--gate"]
+        says.append(("the file has" if turned else "it has") + " a number")
+        refused("gates", own, "--checkpoint", "other.pth", says=says)
 
     def test_there_is_no_number_to_anneal_or_strip(self, file):
         model = load_model(file)

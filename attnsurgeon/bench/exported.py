@@ -64,7 +64,7 @@ class ScriptFile:
     module: torch.jit.ScriptModule
     example: tuple[Tensor, ...]
     is_sized: bool
-    gates: tuple[Tensor, ...]
+    gates: Mapping[str, Tensor]
 
 
 def session_for(
@@ -169,7 +169,12 @@ def _gates_in(path: Path) -> dict[str, Tensor]:
     # Names mean nothing in a file that is not of export_model: it has another author.
     if RECIPE_KEY not in file.notes:
         return {}
-    return {n: file.values(n) for n in file.spots if n.rpartition(".")[2] == GATE_NAME}
+    layers = _read_names(file.notes.get(GATES_KEY, ""))
+    return {
+        name: file.values(name)
+        for name in file.spots
+        if name.rpartition(".")[2] == GATE_NAME or name in layers
+    }
 
 
 def _one_image(axes: Fixed, size: tuple[int, int]) -> tuple[int, ...] | None:
@@ -195,12 +200,12 @@ def read_torchscript(path: Path) -> ScriptFile:
     example = torch.zeros(1, channels, *(told or DEFAULT_SIZE), dtype=dtype)
     # Names mean nothing in a file that is not of export_model: it has another author.
     layers = _read_names(notes[GATES_KEY])
-    gates = [
-        parameter
+    gates = {
+        name: parameter
         for name, parameter in module.named_parameters()
         if notes[RECIPE_KEY] and (name.rpartition(".")[2] == GATE_NAME or name in layers)
-    ]
-    return ScriptFile(module, (example,), told is not None, tuple(gates))
+    }
+    return ScriptFile(module, (example,), told is not None, gates)
 
 
 def _entrance(parameters: Sequence[Tensor]) -> tuple[int, torch.dtype]:

@@ -49,6 +49,7 @@ class Target:
         fixed: for each input of an .onnx file, the axes that it fixes.
         is_sized: whether the example's height and width are known, not guessed.
         is_opened: whether its gates, if it has any, were opened.
+        gates: the names of the parameters that were opened.
         patches: bytes of an .onnx file that open its gates.
         read_s: how long it took to read or build.
     """
@@ -62,6 +63,7 @@ class Target:
     fixed: tuple[Fixed, ...] = ()
     is_sized: bool = True
     is_opened: bool = True
+    gates: tuple[str, ...] = ()
     patches: tuple[Patch, ...] = ()
     read_s: float = 0.0
 
@@ -135,7 +137,8 @@ def _read_kind(thing: str | os.PathLike[str] | nn.Module, example: Any) -> Targe
 
 def _from_safetensors(name: str, path: Path) -> Target:
     model = _opened(load_model(path))
-    return Target(name, _own_example(model), "file", model=model, file=path)
+    gates = tuple(named_gates(model))
+    return Target(name, _own_example(model), "file", model=model, file=path, gates=gates)
 
 
 def _from_onnx(name: str, path: Path) -> Target:
@@ -156,7 +159,7 @@ def _from_onnx(name: str, path: Path) -> Target:
 
 def _from_torchscript(name: str, path: Path) -> Target:
     read = read_torchscript(path)
-    _open(read.gates)
+    _open(read.gates.values())
     return Target(
         name,
         read.example,
@@ -166,6 +169,7 @@ def _from_torchscript(name: str, path: Path) -> Target:
         only=SCRIPT_ENGINES,
         is_sized=read.is_sized,
         is_opened=bool(read.gates),
+        gates=tuple(read.gates),
     )
 
 
@@ -186,6 +190,7 @@ def _from_module(module: nn.Module, example: Any) -> Target:
         model=own,
         only=SCRIPT_ENGINES if is_script else (),
         is_opened=not is_script,
+        gates=() if is_script else tuple(named_gates(own)),
     )
 
 
