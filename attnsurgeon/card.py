@@ -24,7 +24,9 @@ WEIGHT_ARGUMENTS = (
     "checkpoint_path",
     "cache_dir",
 )
-"""Arguments of torchvision's and timm's builders that fetch or read; no card may name one."""
+"""Arguments of torchvision's and timm's builders that fetch or read; no card may have one do so."""
+_FETCH_NOTHING = (None, False, "none")
+"""Their values in the card of a network of the user's own, whose factory may need to be told."""
 DTYPES = (
     *("float64", "float32", "float16", "bfloat16"),
     *("int64", "int32", "int16", "int8", "uint8", "bool"),
@@ -69,7 +71,8 @@ class HostCard:
         """
         try:
             card: HostCard = read_as(cls, data, "host")
-            if set(card.arguments) & set(WEIGHT_ARGUMENTS):
+            weighty = set(card.arguments) & set(WEIGHT_ARGUMENTS)
+            if weighty and (card.name or without_fetching(card.arguments) != card.arguments):
                 raise ValueError("the host's arguments name weights")
             if not card.input_shapes or not all(map(_is_small_shape, card.input_shapes)):
                 raise ValueError(f"no network takes inputs of shape {card.input_shapes}")
@@ -125,6 +128,17 @@ class HostCard:
             input_dtypes=dtypes if any(dtypes) else None,
             listed=is_list,
         )
+
+
+def without_fetching(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a factory's arguments as a card holds them: None for those that name weights.
+
+    A file brings its weights, and must not have a factory fetch or read others.
+    """
+    return {
+        key: None if key in WEIGHT_ARGUMENTS and value not in _FETCH_NOTHING else value
+        for key, value in arguments.items()
+    }
 
 
 def _read_input(text: str) -> tuple[tuple[int, ...], str | None]:

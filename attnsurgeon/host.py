@@ -106,7 +106,7 @@ def open_host(
     check_host(name, weights=weights, checkpoint=checkpoint, num_classes=num_classes)
     extra = dict(arguments or {})
     for key in WEIGHT_ARGUMENTS:
-        if key in extra:
+        if key in extra and source_of(name).FETCHES:
             raise BadOption(f"{key} is no --model-arg; use --weights")
     if num_classes is not None:
         extra["num_classes"] = num_classes
@@ -323,7 +323,7 @@ def _made_again(card: HostCard, given: Given) -> nn.Module:
         return own.call_factory(given, arguments, called)
     source = source_of(given)
     source.check(given, NO_WEIGHTS)
-    model: nn.Module = source.make(
-        given, NO_WEIGHTS, arguments if source is own else card.arguments
-    )
+    if source is not own:
+        arguments = {k: v for k, v in card.arguments.items() if k not in WEIGHT_ARGUMENTS}
+    model: nn.Module = source.make(given, NO_WEIGHTS, arguments)
     return model

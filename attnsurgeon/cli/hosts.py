@@ -38,7 +38,7 @@ def is_shape(word: str) -> bool:
 def read_arguments(texts: Sequence[str] | None) -> dict[str, Any]:
     """Return --model-arg values read as JSON or Python (numbers, lists, true, None), else text.
 
-    All of them can stand in a recipe.
+    All of them can stand in a recipe. The `none` of --weights is None where weights are named.
 
     Raises:
         BadOption: a text that is no key=value.
@@ -46,9 +46,13 @@ def read_arguments(texts: Sequence[str] | None) -> dict[str, Any]:
     import ast
     import json
 
+    from attnsurgeon.card import WEIGHT_ARGUMENTS
+
     written = read_assignments(texts or (), "--model-arg")
     values: dict[str, Any] = dict(written)
     for key, text in written.items():
+        if text == "none" and key in WEIGHT_ARGUMENTS:
+            values[key] = None
         for read in (json.loads, ast.literal_eval):
             with suppress(ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
                 values[key] = json.loads(json.dumps(read(text), allow_nan=False))

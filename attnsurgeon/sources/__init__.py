@@ -15,7 +15,8 @@ def source_of(name: str) -> ModuleType:
 
     Each has `check(name, weights)`, which refuses before anything is built or fetched,
     `make(name, weights, arguments)`, which returns a network with its card and, where `weights`
-    is `none`, fetches nothing, and `takes(name, argument)`.
+    is `none`, fetches nothing, `takes(name, argument)`, and FETCHES: whether `weights` chooses what
+    is fetched, and no argument does.
     """
     for source in (shipped, timm_models, own):
         if source.knows(name):

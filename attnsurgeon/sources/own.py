@@ -21,12 +21,13 @@ from typing import Any
 
 from torch import nn
 
-from attnsurgeon.card import HostCard, give_card
+from attnsurgeon.card import HostCard, give_card, without_fetching
 from attnsurgeon.checkpoint import check_readable
 from attnsurgeon.errors import AttnSurgeonError, BadOption, HostUnusable, UnknownName, first_line
 from attnsurgeon.example import default_example
 
 Factory = Callable[..., Any]
+FETCHES = False
 
 
 def knows(name: str) -> bool:
@@ -68,7 +69,7 @@ def make(name: str, weights: str, arguments: Mapping[str, Any]) -> nn.Module:
         HostCard(
             name=None,
             class_name=type(model).__name__,
-            arguments=dict(arguments),
+            arguments=without_fetching(arguments),
             input_shapes=(tuple(default_example(model).shape),),
             factory=f"{Path(place).name}:{attribute}",  # no path of this machine into a file
         ),

@@ -13,6 +13,7 @@ from attnsurgeon.card import HostCard, give_card
 from attnsurgeon.errors import BadOption, UnknownName
 
 DIGITS = "digits"
+FETCHES = True
 
 
 def knows(name: str) -> bool:

@@ -25,6 +25,7 @@ from attnsurgeon.errors import (
 )
 
 PREFIX = "timm:"
+FETCHES = True
 
 
 def knows(name: str) -> bool:

@@ -16,6 +16,8 @@ from attnsurgeon.errors import AttnSurgeonError, BadOption, UnknownName
 from attnsurgeon.example import default_example
 from attnsurgeon.inputs import input_shapes
 
+FETCHES = True
+
 
 def knows(name: str) -> bool:
     """Tell whether torchvision has a network of that name."""
