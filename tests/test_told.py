@@ -1,14 +1,20 @@
 """What the command line says of networks of one's own: all of it, and what to type next."""
 
+import io
 import textwrap
 
 import pytest
+from rich.console import Console
 
 from attnsurgeon.card import HostCard
 from attnsurgeon.errors import BadFile
+from attnsurgeon.opening import watch
+from attnsurgeon.report.sites import show_sites
 from attnsurgeon.store import read_recipe
 
 NETS = """
+    from collections import OrderedDict
+
     import torch
     from torch import nn
 
@@ -31,6 +37,13 @@ NETS = """
 
     def build():
         return Net()
+
+    LONG = "a_part_whose_name_is_as_long_as_those_of_maxvit"
+
+    def deep():
+        net = Net()
+        net.blocks = nn.Sequential(OrderedDict({LONG: Block()}))
+        return net
 
     def weighted(weights, pretrained=False):
         assert weights in (None, "here"), weights
@@ -73,3 +86,38 @@ class TestWeightArguments:
         card = HostCard(name, "Net", arguments={"weights": value})
         with pytest.raises(BadFile, match="name weights"):
             HostCard.from_json(card.to_json())
+
+
+class TestNamesInTables:
+    """A name in a table can be read whole; where there is room, also copied in one piece."""
+
+    NAME = "blocks.a_part_whose_name_is_as_long_as_those_of_maxvit"
+
+    @pytest.fixture
+    def deep(self, nets, run):
+        """Return the name of a file with attention at a site of a long name."""
+        assert run(*insert("deep", *SMALL, "-o", "deep.safetensors")).code == 0
+        return "deep.safetensors"
+
+    def test_in_one_piece(self, run, deep):
+        asked = ("--host", "nets.py:deep")
+        for args in (
+            ("sites", deep, *asked),
+            ("gates", deep, *asked),
+            insert("deep", *SMALL, "--dry-run"),
+        ):
+            told = run(*args)
+            assert f" {self.NAME} " in told.out, told
+
+    def test_of_models(self, run):
+        name = "fasterrcnn_mobilenet_v3_large_320_fpn"
+        assert f" {name} " in run("models", name).out
+
+    def test_whole_where_they_must_wrap(self, nets):
+        page = io.StringIO()
+        table = show_sites("deep", watch("nets.py:deep", inputs=SMALL[1:]))
+        Console(file=page, width=90).print(table)
+        lines = page.getvalue().splitlines()
+        header = next(line for line in lines if "kind" in line)
+        cells = [line[header.index("site") : header.index("kind")] for line in lines[3:]]
+        assert self.NAME in "".join(cell.strip() for cell in cells)

@@ -17,7 +17,8 @@ from attnsurgeon.training.openings import Opening
 def show_openings(name: str, openings: Sequence[Opening], sample: Sample) -> RenderableType:
     """Return one row for each attention, along the depth."""
     table = new_table(f"gates of {name}")
-    for heading in ("site", "block", "placement"):
+    table.add_column("site", overflow="fold")
+    for heading in ("block", "placement"):
         table.add_column(heading)
     for heading in ("gate", "varies", "output", "top-1"):
         table.add_column(heading, justify="right")

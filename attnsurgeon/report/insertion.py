@@ -13,7 +13,7 @@ from attnsurgeon.report.table import new_table
 def show_insertion(done: Insertion) -> RenderableType:
     """Return the sites with what each costs, and what was promised and held."""
     table = new_table(f"{done.block} in {done.model}, {done.placement}")
-    table.add_column("site")
+    table.add_column("site", overflow="fold")
     if len(done.steps) > 1:
         table.add_column("block")
         table.add_column("placement")

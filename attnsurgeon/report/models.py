@@ -53,7 +53,7 @@ def _image_size(told: str) -> list[int] | None:
 def show_models(entries: Sequence[dict[str, Any]]) -> RenderableType:
     """Return one row per network."""
     table = new_table(f"{len(entries)} models")
-    table.add_column("model")
+    table.add_column("model", overflow="fold")
     table.add_column("task")
     table.add_column("parameters", justify="right")
     table.add_column("input")

@@ -33,7 +33,7 @@ def show_sites(model: str, sites: Sequence[Site]) -> RenderableType:
     """Return a table of sites, and below it why some lack a placement."""
     table = new_table(f"{len(sites)} sites in {model}")
     table.add_column("stage", justify="right")
-    table.add_column("site")
+    table.add_column("site", overflow="fold")
     table.add_column("kind")
     table.add_column("layout")
     table.add_column("shape", justify="right")

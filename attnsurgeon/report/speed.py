@@ -114,7 +114,8 @@ def _profile(profile: Mapping[str, Any]) -> RenderableType:
 
 def _sites(costs: Mapping[str, Any]) -> RenderableType:
     table = new_table(f"cost of each site of {costs['target']}, {job_in_words(costs)}")
-    for heading in ("site", "placement", "block", "features"):
+    table.add_column("site", overflow="fold")
+    for heading in ("placement", "block", "features"):
         table.add_column(heading)
     for heading in ("alone in", "alone out"):
         table.add_column(heading)
