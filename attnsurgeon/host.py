@@ -18,6 +18,7 @@ from attnsurgeon.builder import weights_on_meta, without_memory
 from attnsurgeon.card import WEIGHT_ARGUMENTS, HostCard, card_of, give_card
 from attnsurgeon.checkpoint import Fit, class_counts, load_checkpoint, read_checkpoint
 from attnsurgeon.errors import AttnSurgeonError, BadFile, BadOption, HostUnusable, MissingPackage
+from attnsurgeon.inputs import as_taken
 from attnsurgeon.network import plain_network
 from attnsurgeon.sources import DEFAULT_WEIGHTS as DEFAULT_WEIGHTS
 from attnsurgeon.sources import NO_WEIGHTS as NO_WEIGHTS
@@ -115,7 +116,13 @@ def open_host(
         host = Host(source_of(name).make(name, weights, extra))
     else:
         host = _with_checkpoint(name, extra, read_checkpoint(checkpoint, checkpoint_key))
-    return finish(host, inputs)
+    made = finish(host, inputs)
+    card = card_of(made.model)
+    if card is not None and source_of(name) is own:
+        of_images = all(len(shape) == 3 for shape in card.input_shapes)
+        if of_images or not inputs:  # asked for otherwise, a batch is meant
+            give_card(made.model, as_taken(made.model, card))
+    return made
 
 
 def load_outline(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from torchvision.models import WeightsEnum, get_model_builder
 
 from attnsurgeon.card import HostCard
+from attnsurgeon.probes import small_resizes, takes_targets
 from attnsurgeon.trial import runs_on
 
 Shapes = tuple[tuple[int, ...], ...]
@@ -64,6 +66,27 @@ def input_shapes(
     sides = [side for side in map(published_side, weights) if side] + [224, *OTHER_SIDES]
     sides += [n for n in arguments.values() if type(n) is int and n in POSSIBLE_SIDES]
     return (_first(model, [(1, channels, side, side) for side in sides]),), False
+
+
+def as_taken(model: nn.Module, card: HostCard) -> HostCard:
+    """Return the card of a network that nothing is known of, listed if it takes lists of images.
+
+    It does if it refuses a batch, or wants targets beside (a detector takes a batch apart in eval
+    mode, and only then), and runs on a list: of two images of different sizes or else of one, or
+    of those on the card where all of them are (C, H, W).
+    """
+    like = next(iter(model.parameters()), None)
+    if all(len(shape) == 3 for shape in card.input_shapes):
+        tries: tuple[Shapes, ...] = (card.input_shapes,)
+    else:
+        tries = (DETECTED, tuple(shape[1:] for shape in card.input_shapes) * 2)
+    if takes_targets(model) or not runs_on(model, card.example(like)):
+        for shapes in tries:
+            listed = replace(card, input_shapes=shapes, input_dtypes=None, listed=True)
+            with small_resizes(model):
+                if runs_on(model, listed.example(like)):
+                    return listed
+    return card
 
 
 def _first(model: nn.Module, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:

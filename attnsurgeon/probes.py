@@ -91,9 +91,14 @@ def arguments_in(mode: str, model: nn.Module, inputs: Inputs) -> Inputs:
     images = inputs[0] if inputs else None
     if mode != "train" or not isinstance(images, list) or len(inputs) != 1:
         return inputs
-    if "targets" not in inspect.signature(model.forward).parameters:
+    if not takes_targets(model):
         return inputs
     return (images, [_target(image) for image in images])
+
+
+def takes_targets(model: nn.Module) -> bool:
+    """Tell whether a network has a place for what it should find, as detectors in training do."""
+    return "targets" in inspect.signature(model.forward).parameters
 
 
 def unfolded(output: Any) -> Any:

@@ -6,8 +6,9 @@ import textwrap
 import pytest
 from rich.console import Console
 
-from attnsurgeon.card import HostCard
+from attnsurgeon.card import HostCard, card_of
 from attnsurgeon.errors import BadFile
+from attnsurgeon.host import load_host
 from attnsurgeon.opening import watch
 from attnsurgeon.report.sites import show_sites
 from attnsurgeon.store import read_recipe
@@ -44,6 +45,34 @@ NETS = """
         net = Net()
         net.blocks = nn.Sequential(OrderedDict({LONG: Block()}))
         return net
+
+    class Detector(nn.Module):  # as torchvision's: targets in training, which returns losses
+        def __init__(self):
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, images, targets=None):
+            found = [self.net(image[None])[0] for image in images]
+            if not self.training:
+                return [{"scores": scores} for scores in found]
+            if targets is None:
+                raise ValueError("targets should not be none when in training mode")
+            share = torch.stack([t["boxes"].mean() for t in targets]).mean()
+            return {"loss": torch.stack(found).mean() * share}
+
+    class Batches(Detector):
+        def forward(self, images, targets=None):
+            return self.net(images)
+
+    class Lists(nn.Module):  # of images of one size, of no more than a hundred pixels a side
+        def __init__(self):
+            super().__init__()
+            self.net = Net()
+
+        def forward(self, images):
+            assert isinstance(images, list)
+            assert max(images[0].shape) <= 100
+            return self.net(torch.stack(images))
 
     def weighted(weights, pretrained=False):
         assert weights in (None, "here"), weights
@@ -121,3 +150,27 @@ class TestNamesInTables:
         header = next(line for line in lines if "kind" in line)
         cells = [line[header.index("site") : header.index("kind")] for line in lines[3:]]
         assert self.NAME in "".join(cell.strip() for cell in cells)
+
+
+class TestLists:
+    """Detectors of one's own are recognised by what they run on."""
+
+    @pytest.mark.parametrize(("asked", "shapes"), [((), 2), (("--input", "3,40,48"), 1)])
+    def test_of_a_detector(self, run, nets, asked, shapes):
+        done = run(*insert("Detector", *asked, "-o", "o.safetensors"))
+        assert done.code == 0, done.err
+        host = read_recipe("o.safetensors").host
+        assert (host.listed, len(host.input_shapes)) == (True, shapes)
+        assert not asked or host.input_shapes == ((3, 40, 48),)
+        assert run("verify", "o.safetensors", "--host", f"{nets}:Detector").code == 0
+
+    def test_of_images_of_a_size_that_is_told(self, run, nets):
+        done = run(*insert("Lists", "--input", "3,40,48", "-o", "o.safetensors"))
+        assert done.code == 0, done.err
+        assert read_recipe("o.safetensors").host.listed
+
+    @pytest.mark.parametrize(("name", "asked"), [("Batches", ()), ("build", ()), ("build", SMALL)])
+    def test_are_not_what_takes_batches(self, nets, name, asked):
+        card = card_of(load_host(f"{nets}:{name}", inputs=asked[1:]))
+        assert not card.listed
+        assert len(card.input_shapes[0]) == 4

@@ -16,7 +16,11 @@ ModelArguments = Annotated[
 ]
 Inputs = Annotated[
     list[str] | None,
-    typer.Option("--input", help="Shape of an input, as 1,3,32,32 or 1,16:int64; once for each."),
+    typer.Option(
+        "--input",
+        help="Shape of an input, as 1,3,32,32 or 1,16:int64; once for each. Of an image in a "
+        "detector's list: 3,64,64.",
+    ),
 ]
 OwnHost = Annotated[
     str | None,
