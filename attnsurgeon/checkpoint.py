@@ -7,7 +7,7 @@ import os
 import pickle
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from attnsurgeon.unwrapping import Checkpoint, bare_checkpoint, unwrap_checkpoin
 
 FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """What networks compute in; smaller floats are for storage."""
+NUMBER_OF_CLASSES = "is it of another number of classes? then give --num-classes"
 
 
 def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Checkpoint:
@@ -128,9 +129,28 @@ def load_checkpoint(model: nn.Module, held: Checkpoint) -> Fit:
     """
     own = model.state_dict().keys()
     bare = bare_checkpoint(held, own)
-    load_state(model, bare.state, bare.source)
+    try:
+        load_state(model, bare.state, bare.source)
+    except CheckpointMismatch as error:
+        if "; " + NUMBER_OF_CLASSES not in str(error):
+            error.args = (f"{error}; {_what_to_give(bare, own)}",)
+        raise
     given = bare.state.keys()
     return Fit(bare, len(given & own), len(own - given), len(given - own))
+
+
+def _what_to_give(held: Checkpoint, own: Collection[str]) -> str:
+    """Return what to type for a checkpoint that does not fit: where in it the network may be."""
+    key = next(iter(own), "")
+    prefixes = (name.removesuffix(f".{key}") for name in held.state if name.endswith(f".{key}"))
+    for prefix in prefixes:
+        if all(f"{prefix}.{name}" in held.state for name in own):
+            place = ".".join((*(part.strip(".") for part in held.unwrapped), prefix))
+            return f"the network is in it under {prefix!r}: give --checkpoint-key {place}"
+    return (
+        "give a checkpoint of this very network, or the MODEL and --model-arg that this one was "
+        "trained as"
+    )
 
 
 def fit_state(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
@@ -196,7 +216,7 @@ def _hint(misfit: Iterable[str]) -> str:
     heads = ("fc.", "classifier.", "head.", "heads.", "module.fc.")
     keys = list(misfit)
     if keys and all(key.startswith(heads) for key in keys):
-        return "; is it of another number of classes? then give --num-classes"
+        return f"; {NUMBER_OF_CLASSES}"
     return ""
 
 

@@ -24,7 +24,12 @@ AttnSurgeonError                  exit 2: one line: what happened, to which thin
 from __future__ import annotations
 
 import difflib
+import re
+import traceback
 from collections.abc import Iterable
+
+_ASSERTED = re.compile(r"(?:assert |(?:torch\.)?_assert\()(.+?)(?:, *(?:''|\"\")\))?")
+"""A line of source that asserts something without words, and what."""
 
 
 class AttnSurgeonError(Exception):
@@ -38,9 +43,17 @@ class AttnSurgeonError(Exception):
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of what a foreign error says, or its type where it says nothing."""
+    """Return the first line of what a foreign error says, or its type where it says nothing.
+
+    Of an assertion without words it is what should have been true.
+    """
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    if lines:
+        return lines[0]
+    frames = traceback.extract_tb(error.__traceback__)[-2:]  # torch._assert has one of its own
+    asserted = [match for frame in frames if (match := _ASSERTED.fullmatch(frame.line or ""))]
+    is_told = isinstance(error, AssertionError) and asserted
+    return f"it asserts {asserted[-1][1]}" if is_told else type(error).__name__
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -327,10 +327,11 @@ def _made_again(card: HostCard, given: Given) -> nn.Module:
         return given
     if not isinstance(given, str):
         called = getattr(given, "__qualname__", type(given).__name__)
-        return own.call_factory(given, arguments, called)
+        return own.call_factory(given, arguments, called, own.AS_NOTED)
     source = source_of(given)
     source.check(given, NO_WEIGHTS)
-    if source is not own:
-        arguments = {k: v for k, v in card.arguments.items() if k not in WEIGHT_ARGUMENTS}
+    if source is own:
+        return own.call_factory(own.find_factory(given), arguments, given, own.AS_NOTED)
+    arguments = {k: v for k, v in card.arguments.items() if k not in WEIGHT_ARGUMENTS}
     model: nn.Module = source.make(given, NO_WEIGHTS, arguments)
     return model

@@ -74,6 +74,7 @@ class Observation:
             are attention of the network's own.
         tokens: number of tokens in front of the positions of NLC maps.
         taken_apart: sequences whose modules others than themselves walk, count or slice.
+        unplaced: shapes of what modules joined whose channels are nowhere known, by path.
         complete: whether the pass came to its end; on meta tensors one that asks for numbers
             cannot.
     """
@@ -84,4 +85,5 @@ class Observation:
     scalings: list[str] = field(default_factory=list)
     tokens: int = 0
     taken_apart: set[str] = field(default_factory=set)
+    unplaced: dict[str, Shape] = field(default_factory=dict)
     complete: bool = True

@@ -105,8 +105,11 @@ class _Watch(TorchDispatchMode):
 
     def _record_join(self, kind: str, out: Tensor) -> None:
         layout = self.tracks.layout(out)
+        path, shape = self.stack[-1].path, tuple(out.shape)
         if layout is not None:
-            self.seen.joins.append(Join(self.stack[-1].path, kind, tuple(out.shape), layout))
+            self.seen.joins.append(Join(path, kind, shape, layout))
+        else:
+            self.seen.unplaced[path] = shape
 
     def _record(
         self,
@@ -257,7 +260,9 @@ def _watch_on_meta(model: nn.Module, inputs: tuple[Any, ...]) -> Observation | N
     try:
         with watch.hooks(), on_meta(model), watch:
             return watch.finish(model(*watch.inputs))
-    except (Exception, SystemExit) as error:  # what cannot be done on meta is tried for real
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # what cannot be done on meta is tried for real
         is_outline = any(parameter.is_meta for parameter in model.parameters())  # has no numbers
         if not _asks_for_numbers(error) or not (
             is_outline or _has_seen_its_kinds(model, watch.seen)
@@ -286,7 +291,9 @@ def _watch_for_real(model: nn.Module, inputs: tuple[Any, ...]) -> Observation:
     try:
         with watch.hooks(), watch:
             return watch.finish(model(*inputs))
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         shapes = [tuple(leaf.shape) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
         raise HostUnusable(
             f"{type(model).__name__} does not run on inputs of shape {shapes}: "

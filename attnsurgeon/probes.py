@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from attnsurgeon.borrow import borrowed_randomness
 from attnsurgeon.errors import HostUnusable, first_line
-from attnsurgeon.trial import runs_on, why_it_fails
+from attnsurgeon.trial import remedy, runs_on, why_it_fails
 
 Inputs = tuple[Any, ...]
 SMALL_SIDE = 64
@@ -39,11 +39,12 @@ def probe_inputs(model: nn.Module, example: Inputs) -> list[Inputs]:
     own = tuple(image.shape[2:])
     base = next((size for size in _small_sizes(own) if _runs(model, image, size)), None)
     if base is None:
-        error = why_it_fails(model, _batch(image, own), train=True)
+        batch = _batch(image, own)
+        error = why_it_fails(model, batch, train=True)
         reason = f": {first_line(error)}" if error else ""
         raise HostUnusable(
             f"{type(model).__name__} fails on batches of {'x'.join(map(str, own))} images{reason}; "
-            "give a network and weights that run"
+            f"{remedy(model, batch)}"
         )
     others = [(*base[:-2], base[-2] + 32, base[-1]), (*own[:-2], own[-2] + 32, own[-1]), base]
     other = next(size for size in others if _runs(model, image, size))

@@ -29,6 +29,7 @@ from attnsurgeon.spots import (
     residual_spots,
     sizes_in,
 )
+from attnsurgeon.tracks import LAYOUTS
 
 __all__ = ["KINDS", "PLACEMENTS", "Site", "default_kind", "find_sites"]
 
@@ -156,10 +157,25 @@ def find_sites(model: nn.Module, example: Any = None, *, named: Iterable[str] = 
         sites = _offer_activations(finder, modules, sites)
     if not sites:
         raise NoSites(
-            f"{type(model).__name__} has no site: no module in it adds or concatenates paths or is "
-            "an activation that returns a feature map; choose another network, such as resnet50"
+            f"{type(model).__name__} has no site: {_why_none(seen)}; choose another network, such "
+            "as resnet50"
         )
     return _number_stages(sites)
+
+
+def _why_none(seen: Observation) -> str:
+    """Return why nothing in a network is a site, as far as its pass showed."""
+    if seen.unplaced:
+        path, shape = next(iter(seen.unplaced.items()))
+        return (
+            f"what {path} adds or concatenates, {'x'.join(map(str, shape))}, is of none of the "
+            f"layouts that attention knows ({', '.join(dict.fromkeys(LAYOUTS.values()))}); of maps "
+            "of one axis only channels last are"
+        )
+    return (
+        "no module in it adds or concatenates paths that come from one input of its own, or is an "
+        "activation that returns a feature map"
+    )
 
 
 def _check_run(seen: Observation, modules: Mapping[str, nn.Module], wanted: Sequence[str]) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -176,14 +177,24 @@ def _read_step(held: Any, seed: int, source: str) -> Step:
     if values.get("at") == []:
         raise BadOption(f"{source} has an empty 'at'; leave it out for every site")
     try:
-        step: Step = read_as(Step, values, source)
-        return step.checked()
-    except AttnSurgeonError as error:
-        # Said of the step, but of the same kind; UnknownName takes other arguments.
-        error.args = (f"{source}: {error}",)
+        with _told_of(source):
+            step: Step = read_as(Step, values, source)
+            return step.checked()
+    except AttnSurgeonError:
         raise
     except ValueError as error:
         raise BadOption(str(error)) from error
+
+
+@contextmanager
+def _told_of(step: str) -> Iterator[None]:
+    """Have what is refused inside say of which step it is; empty where there is but one."""
+    try:
+        yield
+    except AttnSurgeonError as error:
+        # Of the same kind as it was; UnknownName takes other arguments.
+        error.args = (f"{step}: {error}" if step else str(error),)
+        raise
 
 
 def plan_steps(model: nn.Module, inputs: tuple[Any, ...], steps: Iterable[Step]) -> Plan:
@@ -198,27 +209,29 @@ def plan_steps(model: nn.Module, inputs: tuple[Any, ...], steps: Iterable[Step])
     cuts: list[Cut] = []
     skipped: dict[str, str] = {}
     attended: dict[str, None] = {}
-    for step in steps:
+    steps = tuple(steps)
+    for number, step in enumerate(steps, 1):
         # Each step sees the sites that it would see alone: modules named elsewhere are none.
         named = tuple(named_layers(step.at, step.kind))
-        if named not in sites:
-            sites[named] = find_sites(model, inputs, named=named)
-        plan = make_plan(
-            model,
-            sites[named],
-            step.block,
-            at=step.at,
-            exclude=step.exclude,
-            stages=step.stage,
-            every=step.every,
-            kind=step.kind,
-            placement=step.placement,
-            options=step.options,
-            seed=step.seed,
-            before=cuts,
-            stack=step.stack,
-            gate=step.gate,
-        )
+        with _told_of(f"step {number} of the plan" if len(steps) > 1 else ""):
+            if named not in sites:
+                sites[named] = find_sites(model, inputs, named=named)
+            plan = make_plan(
+                model,
+                sites[named],
+                step.block,
+                at=step.at,
+                exclude=step.exclude,
+                stages=step.stage,
+                every=step.every,
+                kind=step.kind,
+                placement=step.placement,
+                options=step.options,
+                seed=step.seed,
+                before=cuts,
+                stack=step.stack,
+                gate=step.gate,
+            )
         cuts += plan.cuts
         attended.update(dict.fromkeys(plan.attended))
         for path, reason in plan.skipped.items():

@@ -6,7 +6,8 @@ import warnings
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from attnsurgeon.borrow import (
     borrowed_buffers,
@@ -29,7 +30,7 @@ def runs_on(model: nn.Module, inputs: tuple[Any, ...], *, train: bool = False) -
 
 def why_it_fails(
     model: nn.Module, inputs: tuple[Any, ...], *, train: bool = False
-) -> Exception | None:
+) -> BaseException | None:
     """Return what the model raises on inputs of these shapes, or None if it runs. See runs_on."""
     with borrowed_modes(model), borrowed_randomness(0), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -45,11 +46,26 @@ def why_it_fails(
     return error
 
 
-def _error_of(model: nn.Module, inputs: tuple[Any, ...]) -> Exception | None:
+def remedy(model: nn.Module, inputs: tuple[Any, ...]) -> str:
+    """Return what to do about a network that fails on a batch of these inputs."""
+    one = tree_map(
+        lambda leaf: leaf[:1] if isinstance(leaf, Tensor) and leaf.ndim else leaf, inputs
+    )
+    if inputs and not isinstance(inputs[0], list) and runs_on(model, one):
+        return (
+            "batches of 2 and of 3 are tried, and it runs on a batch of 1 only: have its forward "
+            "take a batch of any size"
+        )
+    return "give a network and weights that run"
+
+
+def _error_of(model: nn.Module, inputs: tuple[Any, ...]) -> BaseException | None:
     try:
         model(*inputs)
-    except Exception as error:  # of the user's network: it may be anything
-        return error
+    except KeyboardInterrupt:
+        raise
     except SystemExit as error:
         return RuntimeError(f"it ends the program with {error.code}")
+    except BaseException as error:  # of the user's network: it may be anything
+        return error
     return None

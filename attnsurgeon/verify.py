@@ -20,6 +20,7 @@ from attnsurgeon.borrow import (
 from attnsurgeon.errors import BadOption, HostUnusable, IdentityBroken, first_line
 from attnsurgeon.liveness import Liveness, check_liveness, same
 from attnsurgeon.probes import Inputs, arguments_in, small_resizes, unfolded
+from attnsurgeon.trial import remedy
 
 MODES = ("eval", "train")
 _MOST_TOLD = 8
@@ -63,13 +64,12 @@ def record(model: nn.Module, inputs: Sequence[Inputs]) -> list[Run]:
         for batch in inputs:
             try:
                 run = _run(model, batch, mode)
-            except (
-                Exception,
-                SystemExit,
-            ) as error:  # of the user's network: any failure is its own
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # of the user's network: any failure is its own
                 raise HostUnusable(
                     f"{type(model).__name__} fails on {_shapes(batch)} in {mode} mode: "
-                    f"{first_line(error)}; give a network and weights that run"
+                    f"{first_line(error)}; {remedy(model, batch)}"
                 ) from error
             if any(isinstance(leaf, Tensor) and leaf.isnan().any() for leaf in run.leaves):
                 raise HostUnusable(

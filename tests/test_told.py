@@ -1,17 +1,21 @@
 """What the command line says of networks of one's own: all of it, and what to type next."""
 
 import io
+import json
 import textwrap
 
 import pytest
+import torch
 from rich.console import Console
+from torch import nn
 
 from attnsurgeon.card import HostCard, card_of
-from attnsurgeon.errors import BadFile
+from attnsurgeon.errors import BadFile, first_line
 from attnsurgeon.host import load_host
 from attnsurgeon.opening import watch
 from attnsurgeon.report.sites import show_sites
 from attnsurgeon.store import read_recipe
+from attnsurgeon.trial import remedy
 
 NETS = """
     from collections import OrderedDict
@@ -74,9 +78,81 @@ NETS = """
             assert max(images[0].shape) <= 100
             return self.net(torch.stack(images))
 
+    class One(Net):
+        def forward(self, image):
+            return super().forward(image.view(1, 3, 32, 32))
+
+    class OneOfNumbers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(Row(), Row())
+
+        def forward(self, x):
+            return self.layers(x.view(1, 4, 8))
+
+    class Row(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x):
+            return x + self.linear(x)
+
+    class Line(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(8, 8, 3, padding=1)
+
+        def forward(self, x):
+            return x + self.conv(x)
+
+    def lines():
+        return nn.Sequential(Line(), Line())
+
+    class Mixed(Net):
+        def __init__(self):
+            super().__init__()
+            self.row = Row()
+
+        def forward(self, image):
+            return self.row(self.blocks(self.stem(image)).flatten(2).transpose(1, 2))
+
+    class Odd(BaseException):
+        pass
+
+    def odd():
+        raise Odd("as odd as this")
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    class OddWhenRun(Net):
+        def forward(self, image):
+            raise Odd("as odd as this")
+
+    def required(width):
+        return Net(width)
+
     def weighted(weights, pretrained=False):
         assert weights in (None, "here"), weights
         return Net(4 if pretrained else 8)
+"""
+BLOCKS = """
+    from attnsurgeon.blocks import AttentionBlock
+
+    class Odd(BaseException):
+        pass
+
+    class Built(AttentionBlock):
+        def __init__(self, channels):
+            raise Odd("as odd as this")
+
+    class Run(AttentionBlock):
+        def __init__(self, channels):
+            super().__init__()
+
+        def forward(self, x):
+            raise Odd("as odd as this")
 """
 SMALL = ("--input", "1,3,32,32")
 
@@ -174,3 +250,99 @@ class TestLists:
         card = card_of(load_host(f"{nets}:{name}", inputs=asked[1:]))
         assert not card.listed
         assert len(card.input_shapes[0]) == 4
+
+
+class TestWhatToTypeNext:
+    @pytest.mark.parametrize(("name", "shape"), [("One", "1,3,32,32"), ("OneOfNumbers", "1,4,8")])
+    def test_a_network_of_one_batch_size(self, refused, nets, name, shape):
+        args = insert(name, "--block", "eca", "--input", shape)
+        refused(*args, says=["batches of 2 and of 3 are tried", "any size"])
+
+    def test_a_network_that_fails_at_every_batch_size(self):
+        assert remedy(nn.Conv2d(3, 4, 3), (torch.zeros(2, 5, 9, 9),)).startswith("give a network")
+
+    def test_maps_of_no_known_layout(self, refused, nets):
+        says = ["what 0 adds", "1x8x32", "none of the layouts", "NLC"]
+        refused("sites", f"{nets}:lines", "--input", "1,8,32", says=says)
+
+    def test_no_place_but_a_name(self, refused):
+        refused("insert", ":build", "--block", "se", says=["path/to/net.py:build"])
+
+    def test_a_file_takes_no_arguments(self, run, nets):
+        assert run(*insert("build", *SMALL, "-o", "o.safetensors")).code == 0
+        told = run("verify", "o.safetensors", "--host", f"{nets}:required")
+        assert told.code == 2
+        assert "'width'" in told.error
+        assert "a function that calls this" in told.error
+        assert "--model-arg" not in told.error
+
+    def test_the_step_of_a_plan(self, refused, nets, folder):
+        steps = [{"block": "se", "at": "blocks.0"}, {"block": "eca", "at": "zzz.*"}]
+        (folder / "plan.json").write_text(json.dumps(steps))
+        args = ("insert", f"{nets}:build", *SMALL, "--plan", "plan.json")
+        refused(*args, says=["step 2 of the plan: 'zzz.*'"])
+
+    def test_one_step_needs_no_number(self, refused, nets):
+        assert "step" not in refused(*insert("build", *SMALL, "--at", "zzz.*"), says=["'zzz.*'"])
+
+    def test_sites_of_another_layout(self, run, nets):
+        args = ("--block", "cbam", "--at", "*", "--dry-run")
+        told = run("insert", f"{nets}:Mixed", *SMALL, *args)
+        assert told.code == 0, told.err
+        reason = "cbam cannot serve row at 'post': its feature map is NLC"
+        assert f"1 site: {reason}" in told.out
+        assert reason in told.err
+
+    @pytest.mark.parametrize("name", ["odd", "OddWhenRun"])
+    def test_whatever_a_network_raises(self, refused, nets, name):
+        refused(*insert(name, *SMALL), says=["as odd as this"])
+
+    def test_an_interrupt_stays_one(self, run, nets):
+        assert run(*insert("interrupted", *SMALL)).code == 130
+
+    @pytest.mark.parametrize("name", ["Built", "Run"])
+    def test_whatever_a_block_raises(self, refused, nets, folder, name):
+        (folder / "own.py").write_text(textwrap.dedent(BLOCKS))
+        args = ("insert", f"{nets}:build", *SMALL, "--block", f"own.py:{name}", "--dry-run")
+        refused(*args, says=["as odd as this", "--set"])
+
+    def test_an_assertion_without_words(self):
+        def raised(check):
+            with pytest.raises(AssertionError) as caught:
+                check()
+            return first_line(caught.value)
+
+        def plain():
+            raise AssertionError
+
+        def torchs():
+            torch._assert(1 % 2 == 0, "")
+
+        assert raised(torchs) == "it asserts 1 % 2 == 0"
+        assert raised(plain) == "AssertionError"
+
+    def test_an_assertion_of_timm(self, refused, nets):
+        pytest.importorskip("timm")
+        args = ("insert", f"{nets}:build", "--input", "1,3,30,30", "--block", "timm:bat")
+        refused(*args, says=["it asserts", "block_size", "--at"])
+
+
+class TestCheckpoints:
+    def held(self, nets, wrap):
+        state = load_host(f"{nets}:build").state_dict()
+        torch.save(wrap(state), "x.pth")
+        return insert("build", *SMALL, "--checkpoint", "x.pth")
+
+    def test_of_a_network_with_more_around_it(self, run, refused, nets, folder):
+        def wrap(state):
+            inside = {f"module.backbone.{key}": tensor for key, tensor in state.items()}
+            return {"model": {**inside, "module.head.weight": torch.ones(1)}}
+
+        args = self.held(nets, wrap)
+        key = "model.module.backbone"
+        refused(*args, says=["under 'backbone'", f"give --checkpoint-key {key}"])
+        assert run(*args, "--checkpoint-key", key, "--dry-run").code == 0
+
+    def test_of_another_network(self, refused, nets):
+        args = self.held(nets, lambda state: {"other.weight": torch.ones(1)})
+        refused(*args, says=["give a checkpoint of this very network"])

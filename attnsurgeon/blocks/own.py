@@ -93,12 +93,11 @@ def _run(file: Path) -> types.ModuleType:
     sys.modules[name] = module
     try:
         exec(compile(source, module.__file__, "exec"), vars(module))
-    except (Exception, SystemExit) as error:  # it is the user's file: any failure is its own
+    except BaseException as error:  # it is the user's file: any failure is its own
         del sys.modules[name]
+        if isinstance(error, KeyboardInterrupt):
+            raise
         raise BadFile(f"{str(file)!r} cannot be run: {_told(error)}") from error
-    except BaseException:
-        del sys.modules[name]
-        raise
     return module
 
 
@@ -162,7 +161,9 @@ def load_announced(name: str, known: Iterable[str]) -> type[AttentionBlock]:
         raise UnknownName("block", name, names, hint)
     try:
         thing = points[name].load()
-    except Exception as error:  # of another's package: it may be anything
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # of another's package: it may be anything
         raise MissingPackage(
             f"the block {name!r} cannot be imported from {points[name].value}: {_told(error)}"
         ) from error
@@ -182,8 +183,13 @@ def try_out(name: str, attention: AttentionBlock, place: Place, sizes: tuple[int
     with torch.no_grad(), borrowed_modes(attention), borrowed_randomness(0):
         try:
             out = attention.eval()(x)
-        except Exception as error:  # of the user's own class: it may be anything
-            raise BadOption(f"{name} fails on a map of {tuple(x.shape)}: {_told(error)}") from error
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # of the user's own class: it may be anything
+            raise BadOption(
+                f"{name} fails on a map of {tuple(x.shape)}: {_told(error)}; change its options by "
+                "--set, or choose other sites by --at or --exclude"
+            ) from error
     if getattr(out, "shape", None) != x.shape:
         made = tuple(out.shape) if isinstance(out, torch.Tensor) else type(out).__name__
         raise BadOption(f"{name} makes {made} of a map of {tuple(x.shape)}, not its like")

@@ -56,7 +56,8 @@ class TimmAttention(AttentionBlock):
             self.layer = awake(find_layer(layer)(channels, **options))
         except (TypeError, ValueError, AssertionError, ArithmeticError) as error:
             raise BadOption(
-                f"{PREFIX}{layer} cannot be built for {channels} channels: {first_line(error)}"
+                f"{PREFIX}{layer} cannot be built for {channels} channels: {first_line(error)}; "
+                "change its options by --set, or choose sites of another width by --at or --stage"
             ) from error
         self.gate = Gate()
 

@@ -49,7 +49,10 @@ def summary(done: Insertion) -> list[str]:
             f"note              {len(done.attended)} of these sites have attention of their own"
         )
     if done.skipped:
-        lines.append(f"skipped           {len(done.skipped)} sites without this placement")
+        reason = next(iter(done.skipped.values()))
+        count = len(done.skipped)
+        told = f"{count} sites, the first" if count > 1 else "1 site"
+        lines.append(f"skipped           {told}: {reason}")
     if done.verdict is not None and done.liveness is not None:
         runs = len(done.verdict.inputs)
         lines += [

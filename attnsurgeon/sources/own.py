@@ -28,6 +28,11 @@ from attnsurgeon.example import default_example
 
 Factory = Callable[..., Any]
 FETCHES = False
+AS_OPTIONS = "give each argument as --model-arg NAME=VALUE"
+AS_NOTED = (
+    "a file's network is asked for with the arguments that the file was made with and no others: "
+    "name the factory that made it, or one that needs no more, such as a function that calls this"
+)
 
 
 def knows(name: str) -> bool:
@@ -44,7 +49,11 @@ def check(name: str, weights: str) -> None:
     """
     place, _, attribute = name.rpartition(":")
     if not place or not attribute:
-        file = name.removesuffix(":")
+        if not place and attribute and not attribute.endswith(".py"):
+            raise BadOption(
+                f"name the file that {attribute!r} is in, as path/to/net.py:{attribute}"
+            )
+        file = name.strip(":")
         raise BadOption(f"name what in {file!r} makes the network, as {file}:build")
     if place.endswith(".py"):
         check_readable(Path(place))
@@ -126,7 +135,7 @@ def _from_file(file: Path) -> ModuleType:
             spec.loader.exec_module(module)
     except BaseException as error:
         sys.modules.pop(name)
-        if not isinstance(error, Exception | SystemExit):
+        if isinstance(error, KeyboardInterrupt):
             raise
         raise _raised(f"importing {str(file)!r}", error, whole) from error
     module.__dict__["_attnsurgeon_read"] = content
@@ -143,7 +152,9 @@ def _from_module(place: str) -> ModuleType:
             hint = f"; did you mean {file}:NAME?" if file.is_file() else ""
             raise UnknownName("module", place, (), hint) from error
         raise _raised(f"importing {place!r}", error) from error
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise _raised(f"importing {place!r}", error) from error
 
 
@@ -162,13 +173,16 @@ def _as_a_script(folder: Path) -> Iterator[None]:
             sys.path.remove(text)
 
 
-def call_factory(factory: Any, arguments: Mapping[str, Any], name: str) -> nn.Module:
+def call_factory(
+    factory: Any, arguments: Mapping[str, Any], name: str, remedy: str = AS_OPTIONS
+) -> nn.Module:
     """Return the network that a factory makes, or a copy of it where it is one already.
 
     Args:
         factory: a function or class that returns a network, or a network.
         arguments: of the factory, by keyword.
         name: of the factory, for errors.
+        remedy: what to do where it needs other arguments.
 
     Raises:
         BadOption: it needs other arguments.
@@ -178,12 +192,14 @@ def call_factory(factory: Any, arguments: Mapping[str, Any], name: str) -> nn.Mo
         if arguments:
             raise BadOption(f"{name} is a network already and takes no --model-arg")
         return copy.deepcopy(factory)
-    _check_arguments(factory, arguments, name)
+    _check_arguments(factory, arguments, name, remedy)
     file = Path(getattr(getattr(factory, "__code__", None), "co_filename", "") or _file_of(factory))
     try:
         with _as_a_script(file.parent):
             made = factory(**arguments)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         told = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         raise _raised(f"{name}({told})", error, file) from error
     if inspect.iscoroutine(made):
@@ -203,7 +219,7 @@ def _file_of(factory: Any) -> str:
     return ""
 
 
-def _check_arguments(factory: Any, arguments: Mapping[str, Any], name: str) -> None:
+def _check_arguments(factory: Any, arguments: Mapping[str, Any], name: str, remedy: str) -> None:
     if not callable(factory):
         raise BadOption(f"{name} is {type(factory).__name__}, nothing that makes a network")
     try:
@@ -213,10 +229,7 @@ def _check_arguments(factory: Any, arguments: Mapping[str, Any], name: str) -> N
     try:
         signature.bind(**arguments)
     except TypeError as error:
-        raise BadOption(
-            f"{name}{signature} cannot be called: {error}; give each argument as "
-            "--model-arg NAME=VALUE"
-        ) from error
+        raise BadOption(f"{name}{signature} cannot be called: {error}; {remedy}") from error
 
 
 def _raised(doing: str, error: BaseException, file: Path | None = None) -> AttnSurgeonError:
