@@ -19,6 +19,7 @@ from attnsurgeon.export import images as images_of_export
 from attnsurgeon.export import onnx_int8
 from attnsurgeon.export.format import format_for
 from attnsurgeon.export.images import read_images
+from attnsurgeon.export.onnx import write_onnx
 from attnsurgeon.export.precision import OFFERED, PRECISIONS
 from attnsurgeon.export.torchscript import load_torchscript
 from tests import exports
@@ -132,6 +133,14 @@ def test_tied_weights_stay_tied(tmp_path):
     assert sizes[1] < sizes[0]
 
 
+def test_the_readme_has_the_table():
+    text = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    for name in OFFERED:
+        (row,) = [line for line in text.splitlines() if line.startswith(f"| `{name}` | ")]
+        told = [float(word) for word in row.rpartition("|")[0].rpartition("|")[2].split(",")]
+        assert told == [PRECISIONS[name].max_rel, PRECISIONS[name].min_cosine]
+
+
 class TestEightBits:
     def test_what_is_heavy_is_in_int8(self, operated, eight):
         model = onnx.load(eight[0])
@@ -165,6 +174,14 @@ class TestEightBits:
         (five,) = some.in_place_of([(torch.zeros(5, 3, 20, 28),)])
         assert five[0].shape == (5, 3, 20, 28)
         assert torch.equal(five[0][0], five[0][3])
+
+    def test_what_a_softmax_reads_stays_exact(self, tmp_path):
+        model, path = exports.tiny("snl"), tmp_path / "x.onnx"
+        write_onnx(model, (torch.zeros(2, 3, 32, 32),), path)
+        nodes = {node.name: node for node in onnx.load(path).graph.node}
+        names = onnx_int8.read_by_softmax(path)
+        assert len(names) == 3
+        assert all(nodes[name].input[1].endswith("pool.mask.weight") for name in names)
 
     def test_other_images_calibrate_otherwise(self, operated, eight, tmp_path):
         dark = tmp_path / "dark"

@@ -58,6 +58,10 @@ def export(
     images: Annotated[
         Path | None, typer.Option(help="Of int8: a folder of images to calibrate on.")
     ] = None,
+    strip: Annotated[
+        bool,
+        typer.Option("--strip", help="Drop attention with gates at 0, and gates at 1."),
+    ] = False,
     input_size: Annotated[
         str | None, typer.Option(help="H or H,W in pixels; the network's own by default.")
     ] = None,
@@ -108,6 +112,7 @@ def export(
             optimize=optimize,
             precision=precision,
             images=images,
+            strip=strip,
         )
     )
     check_output(output, force=force)
@@ -133,6 +138,7 @@ def export(
         optimize=optimize,
         precision=precision,
         images=images,
+        strip=strip,
         input_size=size,
         static=static,
         force=force,

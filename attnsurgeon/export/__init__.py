@@ -27,6 +27,7 @@ from attnsurgeon.export.onnx_int8 import Int8Draft
 from attnsurgeon.export.precision import HALVES, Precision, lowered, precision_of
 from attnsurgeon.export.proof import Check, gate_values
 from attnsurgeon.export.prove import prove
+from attnsurgeon.export.strip import strip_decided
 from attnsurgeon.gate import gate_numbers, named_gates
 from attnsurgeon.outputs import atomic_output
 from attnsurgeon.store import make_recipe
@@ -95,6 +96,7 @@ def export_model(
     optimize: bool = False,
     precision: str | None = None,
     images: str | os.PathLike[str] | None = None,
+    strip: bool = False,
     example: Any = None,
     force: bool = False,
     keep_rejected: bool = False,
@@ -121,6 +123,8 @@ def export_model(
             int8 (an .onnx file that takes float32). Each is compared with the model in fp32, by
             the tolerances of PRECISIONS; by default the file is in the model's own.
         images: a folder of images that int8 is calibrated on.
+        strip: leave out attention whose gates are all 0, and gates that are all 1 (they can then
+            not be set in the file).
         example: an image batch that gives channels, dtype and size instead; or a tuple of
             inputs, or a list of images for a network that takes lists.
         force: replace an existing file.
@@ -134,6 +138,7 @@ def export_model(
             the precision, or takes no images to be calibrated on.
         BadFile: an image cannot be read.
         OutputRefused: the file cannot be written.
+        IdentityBroken: see strip_decided.
         ExportDiffers: the file does not compute what the model computes; it is removed.
     """
     kind = format_for(output)
@@ -144,11 +149,16 @@ def export_model(
         optimize=optimize,
         precision=precision,
         images=None if images is None else Path(images),
+        strip=strip,
     )
     kind.check(settings)
     chosen = precision_of(model, precision)
     inputs = example_inputs(model, example, input_size)
     photographs = _photographs(settings, model, inputs)
+    told: tuple[str, ...] = ()
+    if strip:
+        model, stripped = strip_decided(model, inputs)
+        told = (stripped,)
     metadata = {**_metadata(model, inputs), "precision": chosen.name}
     with atomic_output(output, force=force) as part:
         progress(f"translating to {kind.name}")
@@ -157,16 +167,16 @@ def export_model(
         draft = kind.draft(cast or model, chosen.cast(pair), settings, metadata)
         batches = trials(model, inputs, static=static)
         gates = chosen.cast_gates(gate_values(model))
-        notices = draft.notices
+        notices = (*told, *draft.notices)
         try:
             if photographs is not None:
                 progress("checking it before it is quantized")
                 draft.write(part, gates)
                 prove(kind.name, kind.open, None, part, model, batches, settings, lambda _: None)
-                progress(f"quantizing, {photographs.notice}")
                 draft = Int8Draft(draft, photographs.images)
                 batches = photographs.in_place_of(batches)
                 notices = (*notices, photographs.notice)
+                progress(f"quantizing it on {len(photographs.images)} images")
             draft.write(part, gates)
             size, read = part.stat().st_size, draft.reader or kind.open
             twin = draft if draft.folds_gates else None
@@ -177,10 +187,7 @@ def export_model(
         except ExportDiffers as error:
             if not keep_rejected:
                 raise
-            rejected = f"{os.fspath(output)}.rejected"
-            part.replace(rejected)
-            told = str(error).replace("nothing was kept", f"it was kept as {rejected!r}")
-            raise ExportDiffers(told) from error
+            raise _kept(error, part, f"{os.fspath(output)}.rejected") from error
     return Artifact(
         output=str(output),
         format=kind.name,
@@ -191,6 +198,12 @@ def export_model(
         notices=(*notices, *proof.notices),
         precision=chosen if precision else None,
     )
+
+
+def _kept(error: ExportDiffers, part: Path, rejected: str) -> ExportDiffers:
+    """Keep a file that differs under another name, and return the error that says so."""
+    part.replace(rejected)
+    return ExportDiffers(str(error).replace("nothing was kept", f"it was kept as {rejected!r}"))
 
 
 def _photographs(settings: Settings, model: nn.Module, inputs: Inputs) -> Photographs | None:

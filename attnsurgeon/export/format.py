@@ -58,6 +58,7 @@ class Settings:
     optimize: bool = False
     precision: str | None = None
     images: Path | None = None
+    strip: bool = False
 
 
 def refuse_onnx_settings(settings: Settings, suffix: str) -> None:

@@ -19,6 +19,7 @@ from attnsurgeon.export.inputs import Inputs, tensors_of
 from attnsurgeon.export.last_norms import last_norms_written_out
 from attnsurgeon.export.onnx_file import read_file, write_file
 from attnsurgeon.export.onnx_runtime import newest_ir, newest_opset
+from attnsurgeon.export.onnx_shapes import write_constant_shapes
 from attnsurgeon.export.pools import rewrite_pools
 from attnsurgeon.export.precision import refuse_precision
 from attnsurgeon.gate import named_gates
@@ -203,6 +204,7 @@ class Onnx(Format):
         _name_gates(translated, model)
         with _as_inputs(translated, named_gates(model)):
             _optimize(translated, settings.opset)
+            write_constant_shapes(translated)
         rewrite_pools(translated)
         _forget_origins(translated)
         translated.ir_version = min(translated.ir_version, newest_ir())

@@ -1,6 +1,7 @@
 """Give an ONNX file eight-bit weights and feature maps, by ONNX Runtime's static quantization.
 
-What costs time is quantized: convolutions and matrix products, with a ReLU or clip behind them.
+What costs time is quantized: convolutions and matrix products, with a ReLU or clip behind them. Not
+what a softmax reads, which magnifies the steps of eight bits: logits of attention stay in float32.
 Gates and what they multiply stay in float32, each gate under its name. Weights are signed, channel
 by channel, and of seven bits: with eight, two products of a processor without VNNI overflow 16
 bits, and the file would compute another result there than it was proven with. Maps are unsigned,
@@ -18,7 +19,10 @@ from torch import Tensor
 from attnsurgeon.errors import ExportRefused, first_line
 from attnsurgeon.export.format import Draft
 from attnsurgeon.export.onnx_dynamo import logs_held_back
+from attnsurgeon.export.onnx_file import read_file
 
+_MOVING = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Mul", "Div", "MatMul")
+"""What stands between a layer and the softmax that reads it."""
 QUANTIZED = ("Conv", "ConvTranspose", "Gemm", "MatMul", "Relu", "Clip")
 
 
@@ -64,6 +68,8 @@ def quantize(plain: Path, target: Path, images: list[Tensor]) -> None:
                 reduce_range=True,
                 activation_type=QuantType.QUInt8,
                 weight_type=QuantType.QInt8,
+                nodes_to_exclude=read_by_softmax(plain),
+                extra_options={"MatMulConstBOnly": True},  # a product of two maps is of logits
             )
     except OSError:
         raise  # of the disk
@@ -71,6 +77,21 @@ def quantize(plain: Path, target: Path, images: list[Tensor]) -> None:
         raise ExportRefused(
             f"ONNX Runtime cannot quantize this network: {first_line(error)}; give --precision fp16"
         ) from error
+
+
+def read_by_softmax(path: Path) -> list[str]:
+    """Return the names of the layers whose outputs a softmax reads, at once or rearranged."""
+    nodes = read_file(path).header.graph.node
+    makers = {output: node for node in nodes for output in node.output}
+    wanted = [name for node in nodes if node.op_type == "Softmax" for name in node.input]
+    found: set[str] = set()
+    while wanted:
+        node = makers.pop(wanted.pop(), None)
+        if node is not None and node.op_type in _MOVING:
+            wanted += node.input
+        if node is not None and node.op_type in QUANTIZED:
+            found.add(node.name)
+    return sorted(found)
 
 
 def _reader(images: list[Tensor]) -> object:

@@ -146,9 +146,9 @@ def _farthest(openings: Mapping[str, Tensor]) -> float:
 
 
 def plain_openings(model: nn.Module) -> dict[str, Tensor]:
-    """Return an opening for every gate, as training would leave them: numbers in (0, 1)."""
-    openings = _spread(named_gates(model))
-    return {name: v.abs() if v.ndim < 2 else v for name, v in openings.items()}
+    """Return an opening in (0, 1) for every gate, as training would leave them; layers as drawn."""
+    values = _spread(named_gates(model))
+    return {name: value.abs() if value.ndim < 2 else value for name, value in values.items()}
 
 
 def _spread(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:

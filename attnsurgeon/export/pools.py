@@ -22,7 +22,7 @@ def rewrite_pools(model: Any) -> int:
         axes = _reduced(node)
         if axes == _POSITIONS:
             made = _global_pool(node)
-        elif axes == _CHANNELS and node.op_type == "ReduceMean":
+        elif axes == _CHANNELS and node.op_type == "ReduceMean" and _has_known_channels(node):
             made = _channel_mean(model.graph, node)
         else:
             continue
@@ -58,6 +58,11 @@ def _reduced(node: Any) -> list[int] | None:
     return sorted(int(axis) % 4 for axis in known.numpy())
 
 
+def _has_known_channels(node: Any) -> bool:
+    """Tell whether the second axis has one length: of a map that was turned it may be free."""
+    return isinstance(node.inputs[0].shape[1], int)
+
+
 def _global_pool(node: Any) -> list[Any]:
     import onnx_ir
 
@@ -69,7 +74,7 @@ def _channel_mean(graph: Any, node: Any) -> list[Any]:
     import onnx_ir
 
     source = node.inputs[0]
-    channels = int(source.shape[1])
+    channels = source.shape[1]
     name = node.outputs[0].name
 
     def constant(label: str, value: Any) -> Any:

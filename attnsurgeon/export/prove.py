@@ -16,6 +16,7 @@ from attnsurgeon.export.inputs import Inputs, tensors_of
 from attnsurgeon.export.opening import Opening, open_gates, plain_openings
 from attnsurgeon.export.precision import PRECISIONS, Precision
 from attnsurgeon.export.proof import Check, check_file, gate_values
+from attnsurgeon.training.stripping import ungated
 
 _UNSEEN = (
     "{} of {} gates move no output visibly with these weights, the first {}: the opened check says "
@@ -75,7 +76,8 @@ def prove(
         ExportRefused: opening the gates shows nothing.
     """
     own = gate_values(model)
-    label = "open" if any(bool(value.any()) for value in own.values()) else "closed"
+    is_open = any(bool(value.any()) for value in own.values()) or bool(ungated(model))
+    label = "open" if is_open else "closed"
     progress("checking it from disk, gates as they are")
     written = read(part, None)
     _check_header(written, settings)

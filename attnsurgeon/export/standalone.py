@@ -24,6 +24,7 @@ from attnsurgeon.export.precision import refuse_precision
 from attnsurgeon.export.source import write_source
 from attnsurgeon.store import make_recipe
 from attnsurgeon.surgery import cuts_of
+from attnsurgeon.training.stripping import ungated
 
 _WEIGHTS = "model.safetensors"
 NOTICE = (
@@ -59,11 +60,13 @@ class Standalone(Format):
         """Refuse settings of other formats.
 
         Raises:
-            ExportRefused: an opset, an exporter, freezing or another precision was asked for.
+            ExportRefused: an opset, an exporter, freezing, stripping or a precision was asked for.
         """
         refuse_onnx_settings(settings, ".py")
         refuse_optimize(settings, ".py")
         refuse_precision(settings, ".py", ("fp32",))
+        if settings.strip:
+            raise ExportRefused("--strip is not for a .py file, which reads weights with all gates")
 
     def draft(
         self, model: nn.Module, inputs: Inputs, settings: Settings, metadata: Mapping[str, str]
@@ -71,9 +74,14 @@ class Standalone(Format):
         """Write out the recipe.
 
         Raises:
-            ExportRefused: the host is no network of torchvision.
+            ExportRefused: the host is no network of torchvision, or was stripped of its gates.
         """
         self.check(settings)
+        if ungated(model):
+            raise ExportRefused(
+                f"this {type(model).__name__} was stripped of its gates, which a .py file has; "
+                "export it to .onnx, .pt or .pt2"
+            )
         cuts = cuts_of(model)
         card = make_recipe(model).host if cuts else card_of(model)
         if card is None:

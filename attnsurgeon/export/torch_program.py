@@ -35,6 +35,8 @@ class _ProgramDraft(Draft):
     def __init__(self, program: ExportedProgram, metadata: Mapping[str, str]) -> None:
         self.program = program
         self.metadata = dict(metadata)
+        for node in program.graph.nodes:  # folders of this machine are nobody's business
+            node.meta.pop("stack_trace", None)
 
     def write(self, path: Path, gates: Mapping[str, Tensor]) -> None:
         state = self.program.state_dict
