@@ -136,7 +136,7 @@ def build_attention(model: nn.Module, cut: Cut) -> AttentionBlock:
     own_seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
     with borrowed_randomness(own_seed):
         try:
-            attention = blocks.get(cut.block).build(cut.place, **cut.options)
+            attention = blocks.build(cut.block, cut.place, cut.options)
             give_form(attention, cut.gate)
         except AttnSurgeonError as error:
             raise type(error)(f"{cut.block} at {cut.path}: {error}") from None
