@@ -34,7 +34,7 @@ def probe_inputs(model: nn.Module, example: Inputs) -> list[Inputs]:
     """
     like = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
     if len(example) != 1 or not isinstance(example[0], Tensor) or like[0].ndim not in (4, 5):
-        return [_random(example, 2), _random(example, 3)]
+        return [random_inputs(example, 2), random_inputs(example, 3)]
     image = like[0]
     own = tuple(image.shape[2:])
     base = next((size for size in _small_sizes(own) if _runs(model, image, size)), None)
@@ -48,7 +48,7 @@ def probe_inputs(model: nn.Module, example: Inputs) -> list[Inputs]:
         )
     others = [(*base[:-2], base[-2] + 32, base[-1]), (*own[:-2], own[-2] + 32, own[-1]), base]
     other = next(size for size in others if _runs(model, image, size))
-    return [_random((_resized(image, base),), 2), _random((_resized(image, other),), 3)]
+    return [random_inputs((_resized(image, base),), 2), random_inputs((_resized(image, other),), 3)]
 
 
 def _small_sizes(own: tuple[int, ...]) -> list[tuple[int, ...]]:
@@ -70,8 +70,11 @@ def _resized(image: Tensor, size: tuple[int, ...]) -> Tensor:
     return image.new_zeros(1, image.shape[1], *size)
 
 
-def _random(example: Inputs, batch: int) -> Inputs:
-    """Return normal random tensors of the example's shapes, with another batch size."""
+def random_inputs(example: Inputs, batch: int) -> Inputs:
+    """Return random inputs of the example's shapes, with another batch size.
+
+    Floats are normal, lists of images uniform in [0, 1); all else is repeated.
+    """
     with borrowed_randomness(batch):
         return tuple(_random_like(part, batch) for part in example)
 
@@ -130,6 +133,30 @@ def _target(image: Tensor) -> dict[str, Tensor]:
     labels = torch.ones(len(boxes), dtype=torch.int64)
     found = {"boxes": boxes, "labels": labels, "masks": masks, "keypoints": points}
     return {name: value.to(image.device) for name, value in found.items()}
+
+
+@contextmanager
+def probed(model: nn.Module) -> Iterator[None]:
+    """Have a detector work on small images, and keep whatever it finds in them."""
+    with small_resizes(model), thresholds_lifted(model):
+        yield
+
+
+@contextmanager
+def thresholds_lifted(model: nn.Module) -> Iterator[None]:
+    """Have a detector keep what it is not sure of: of nothing found, nothing can be compared."""
+    held: list[tuple[Any, float]] = [
+        (module, module.score_thresh)
+        for module in cast("Iterator[Any]", model.modules())
+        if isinstance(getattr(module, "score_thresh", None), float)
+    ]
+    try:
+        for module, _ in held:
+            module.score_thresh = -1.0
+        yield
+    finally:
+        for module, threshold in held:
+            module.score_thresh = threshold
 
 
 @contextmanager

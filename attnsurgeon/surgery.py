@@ -136,21 +136,16 @@ def build_attention(model: nn.Module, cut: Cut) -> AttentionBlock:
     own_seed = int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
     with borrowed_randomness(own_seed):
         try:
-            attention = blocks.get(cut.block).build(cut.place, **cut.options)
+            attention = blocks.build(cut.block, cut.place, cut.options)
             give_form(attention, cut.gate)
         except AttnSurgeonError as error:
             raise type(error)(f"{cut.block} at {cut.path}: {error}") from None
-        except KeyboardInterrupt:
-            raise
-        except BaseException as error:  # of torch: more memory than there is; or of foreign code
-            if cut.block in blocks.names() and not (
-                isinstance(error, RuntimeError) and cut.options
-            ):
+        except RuntimeError as error:  # of torch: more memory than there is
+            if not cut.options:
                 raise
             told = ", ".join(f"{option}={value!r}" for option, value in cut.options.items())
             raise BadOption(
-                f"{cut.block} cannot be built{' with' if told else ''} {told or 'at ' + cut.path}: "
-                f"{first_line(error)}; change its options by --set, or the code that raises"
+                f"{cut.block} cannot be built with {told}: {first_line(error)}"
             ) from error
     like = next(
         (p for p in _parameters_near(model, cut.path) if p.is_floating_point()), torch.empty(0)

@@ -19,7 +19,7 @@ from attnsurgeon.borrow import (
 )
 from attnsurgeon.errors import BadOption, HostUnusable, IdentityBroken, first_line
 from attnsurgeon.liveness import Liveness, check_liveness, same
-from attnsurgeon.probes import Inputs, arguments_in, small_resizes, unfolded
+from attnsurgeon.probes import Inputs, arguments_in, probed, unfolded
 from attnsurgeon.trial import remedy
 
 MODES = ("eval", "train")
@@ -173,7 +173,7 @@ def keep_promises(
         IdentityBroken: an output or buffer changed, or a gate is dead. The model is then as the
             operation left it.
     """
-    with small_resizes(model):
+    with probed(model):
         before = record(model, inputs)
         operate()
         try:

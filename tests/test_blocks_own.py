@@ -75,6 +75,25 @@ class Failing(Mine):
     def forward(self, x):
         return x.view(3, 5, 7)
 
+class Unbuilt(Mine):
+    def __init__(self, channels):
+        raise ValueError("not today")
+
+class Leaving(Mine):
+    def __init__(self, channels):
+        raise SystemExit(0)
+
+class LeavingLate(Mine):
+    def forward(self, x):
+        raise SystemExit(0)
+
+class Gateless(AttentionBlock):
+    def __init__(self, channels):
+        super().__init__()
+
+    def forward(self, x):
+        return x
+
 def factory(channels):
     return Mine(channels)
 """
@@ -217,6 +236,10 @@ class TestFile:
             ("mine.py:Foreign", ["mine.py:Foreign", "NoSuchType"]),
             ("mine.py:Shrinking", ["mine.py:Shrinking", "makes (2, "]),
             ("mine.py:Listing", ["mine.py:Listing", "makes list"]),
+            ("mine.py:Unbuilt", ["mine.py:Unbuilt", "cannot be built", "ValueError: not today"]),
+            ("mine.py:Leaving", ["mine.py:Leaving", "cannot be built", "SystemExit: 0"]),
+            ("mine.py:LeavingLate", ["mine.py:LeavingLate", "SystemExit: 0"]),
+            ("mine.py:Gateless", ["mine.py:Gateless has no gate", "Gate()"]),
             ("mine.py:Failing", ["mine.py:Failing", "RuntimeError", "[3, 5, 7]"]),
         ],
     )

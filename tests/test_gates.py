@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 import attnsurgeon
 from attnsurgeon import blocks, digits
-from attnsurgeon.card import card_of, give_card
+from attnsurgeon.card import HostCard, card_of, give_card
 from attnsurgeon.host import load_host
 from attnsurgeon.plan import make_plan
 from attnsurgeon.report.attention_page import make_page
@@ -23,7 +23,7 @@ from attnsurgeon.store import load_plain, save_model
 from attnsurgeon.surgery import apply_plan, cuts_of
 from attnsurgeon.training.images import Photograph, sample_inputs
 from attnsurgeon.training.maps import watch_maps
-from attnsurgeon.training.openings import compare_outputs, measure_openings
+from attnsurgeon.training.openings import compare_outputs, measure_openings, run
 
 OPENED = {  # site, block -> gates
     ("features.5", "cbam"): [0.5, -0.25],
@@ -179,6 +179,54 @@ class TestMeasuring:
         hook.remove()
         wanted = keys[0].sum(1).flatten(1).softmax(1)
         torch.testing.assert_close(context.flatten(1), wanted)
+
+
+class Worded(torch.nn.Module):
+    """Reads an image and some words."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = torch.nn.Conv2d(3, 8, 3)
+        self.words = torch.nn.Embedding(10, 8)
+
+    def forward(self, image, words):
+        return self.stem(image).mean((2, 3)) + self.words(words).mean(1)
+
+
+class TestOtherInputs:
+    """Those that no batch of images stands for."""
+
+    def test_of_whole_numbers(self):
+        model = Worded()
+        card = HostCard(None, "Worded", input_shapes=((1, 3, 8, 8), (1, 5)))
+        give_card(model, replace(card, input_dtypes=(None, "int64")))
+        sample = sample_inputs(model)
+        assert [part.dtype for part in sample.inputs] == [torch.float32, torch.int64]
+        assert [len(part) for part in sample.inputs] == [sample.count] * 2
+        assert model(*sample.inputs).shape == (sample.count, 8)
+
+    def test_of_a_detector(self):
+        """It is unsure of all it finds, and finds less once attention is in it."""
+        options = {"num_classes": 3, "score_thresh": 0.9, "detections_per_img": 20}
+        model = load_host("ssdlite320_mobilenet_v3_large", weights="none", arguments=options)
+        sites = find_sites(model)
+        apply_plan(model, make_plan(model, sites, "se", at=sites[0].path, placement="post"))
+        for gate in attnsurgeon.gates(model).values():
+            gate.data.fill_(0.5)
+        sample = sample_inputs(model)
+        assert len(sample.inputs[0]) == sample.count
+        found = run(model, sample)
+        assert len(found) == sample.count
+        assert all(len(image["boxes"]) == 20 for image in found)
+        assert model.score_thresh == 0.9
+        (opening,) = measure_openings(model, sample)
+        assert opening.change.top1 is None
+
+    def test_what_one_of_them_lacks_counts_as_zeros(self):
+        few, many = [{"boxes": torch.ones(1, 4)}], [{"boxes": torch.ones(2, 4)}]
+        assert compare_outputs(many, few).relative == pytest.approx(0.5**0.5)
+        assert compare_outputs(few, many).largest == 1
+        assert compare_outputs([], []).relative == 0
 
 
 class TestGates:

@@ -139,6 +139,7 @@ NETS = """
 """
 BLOCKS = """
     from attnsurgeon.blocks import AttentionBlock
+    from attnsurgeon.gate import Gate
 
     class Odd(BaseException):
         pass
@@ -150,6 +151,7 @@ BLOCKS = """
     class Run(AttentionBlock):
         def __init__(self, channels):
             super().__init__()
+            self.gate = Gate()
 
         def forward(self, x):
             raise Odd("as odd as this")
@@ -304,7 +306,7 @@ class TestWhatToTypeNext:
     def test_whatever_a_block_raises(self, refused, nets, folder, name):
         (folder / "own.py").write_text(textwrap.dedent(BLOCKS))
         args = ("insert", f"{nets}:build", *SMALL, "--block", f"own.py:{name}", "--dry-run")
-        refused(*args, says=["as odd as this", "--set"])
+        refused(*args, says=[f"own.py:{name}", "Odd: as odd as this"])
 
     def test_an_assertion_without_words(self):
         def raised(check):

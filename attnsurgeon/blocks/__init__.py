@@ -106,6 +106,16 @@ def check_form(name: str, form: str, options: Mapping[str, Any]) -> None:
         raise BadOption(f"{name}: {error}") from None
 
 
+def build(name: str, place: Place, options: Mapping[str, Any]) -> AttentionBlock:
+    """Construct a block for a place in a network.
+
+    Raises:
+        UnknownName, BadOption: see get and AttentionBlock.build; or the user's own class fails.
+    """
+    kind = get(name)
+    return kind.build(place, **options) if name in _registry else own.build(kind, place, options)
+
+
 def try_out(name: str, attention: AttentionBlock, place: Place, sizes: tuple[int, ...]) -> None:
     """Run attention once on a map of zeros, unless it is one of `names()`.
 

@@ -12,7 +12,7 @@ import inspect
 import re
 import sys
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,15 @@ import torch
 
 from attnsurgeon.blocks.block import AROUND, DIMS, AttentionBlock, Place
 from attnsurgeon.borrow import borrowed_modes, borrowed_randomness
-from attnsurgeon.errors import BadFile, BadOption, MissingPackage, UnknownName, first_line
+from attnsurgeon.errors import (
+    AttnSurgeonError,
+    BadFile,
+    BadOption,
+    MissingPackage,
+    UnknownName,
+    first_line,
+)
+from attnsurgeon.gate import Gate, LayerGate
 
 GROUP = "attnsurgeon.blocks"
 """Entry point group by which a package announces blocks."""
@@ -170,12 +178,35 @@ def load_announced(name: str, known: Iterable[str]) -> type[AttentionBlock]:
     return checked(thing, f"{name} ({points[name].value})")
 
 
+def build(kind: type[AttentionBlock], place: Place, options: Mapping[str, Any]) -> AttentionBlock:
+    """Construct attention that is none of ours.
+
+    Raises:
+        BadOption: it fails.
+    """
+    try:
+        return kind.build(place, **options)
+    except AttnSurgeonError:
+        raise
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # of the user's own class: it may be anything
+        given = ", ".join(f"{option}={value!r}" for option, value in options.items())
+        told = f" with {given}" if given else ""
+        raise BadOption(f"it cannot be built{told}: {_told(error)}") from error
+
+
 def try_out(name: str, attention: AttentionBlock, place: Place, sizes: tuple[int, ...]) -> None:
     """Run attention that is none of ours once on a map of zeros of its place.
 
     Raises:
-        BadOption: it fails, or returns another shape.
+        BadOption: it has no gate, fails, or returns another shape.
     """
+    if not any(isinstance(module, Gate | LayerGate) for module in attention.modules()):
+        raise BadOption(
+            f"{name} has no gate, so nothing shows that it can learn: give it a Gate() of "
+            "attnsurgeon.gate and let its forward call it"
+        )
     if place.in_channels is not None or any(p.is_meta for p in attention.parameters()):
         return
     like = next(attention.parameters(), torch.empty(0))

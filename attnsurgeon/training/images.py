@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps
@@ -13,10 +14,10 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as F
 
 from attnsurgeon import digits
-from attnsurgeon.borrow import borrowed_randomness
 from attnsurgeon.card import HostCard, card_of
 from attnsurgeon.checkpoint import check_readable
 from attnsurgeon.errors import BadFile, BadOption, first_line
+from attnsurgeon.probes import random_inputs
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 """Of the files in a folder that are taken for images."""
@@ -29,9 +30,9 @@ _CARD = HostCard(name=None, class_name="")
 
 @dataclass(frozen=True)
 class Sample:
-    """Inputs of a network, (N, ...) each, and where they are from."""
+    """Inputs of a network, (N, ...) each or a list of N images, and where they are from."""
 
-    inputs: tuple[Tensor, ...]
+    inputs: tuple[Any, ...]
     source: str
 
     @property
@@ -109,16 +110,11 @@ def sample_inputs(model: nn.Module, folder: Path | None = None) -> Sample:
         read = torch.cat([read_photograph(file, model).read for file in files])
         return Sample((read,), f"{len(files)} images of {folder}")
     card = card_of(model) or _CARD
-    like = next(model.parameters())
-    if card.name == "digits":
+    like = next(model.parameters(), None)
+    if card.name == "digits" and like is not None:
         images = digits.held_out()[0][:MOST].to(like.device, like.dtype)
         return Sample((images,), f"{len(images)} held-out digits")
-    with borrowed_randomness(0):
-        noise = tuple(
-            torch.randn(NOISE, *shape[1:]).to(like.device, like.dtype)
-            for shape in card.input_shapes
-        )
-    return Sample(noise, f"{NOISE} inputs of noise")
+    return Sample(random_inputs(card.example(like), NOISE), f"{NOISE} inputs of noise")
 
 
 def image_files(folder: Path) -> Sequence[Path]:

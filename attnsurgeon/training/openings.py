@@ -14,6 +14,7 @@ from attnsurgeon.borrow import borrowed_buffers, borrowed_modes, borrowed_values
 from attnsurgeon.errors import BadFile, HostUnusable
 from attnsurgeon.gate import named_gates
 from attnsurgeon.plan import Cut
+from attnsurgeon.probes import probed, unfolded
 from attnsurgeon.surgery import attention_paths, cuts_of
 from attnsurgeon.training.images import Sample
 from attnsurgeon.training.maps import AttentionMap, watch_maps
@@ -86,7 +87,8 @@ def measure_openings(model: nn.Module, sample: Sample) -> list[Opening]:
     cuts = sorted(
         (cut for cut in cuts_of(model) if cut.child in values), key=lambda cut: depth[cut.child]
     )
-    output, maps = watch_maps(model, sample.inputs)
+    with probed(model):
+        output, maps = watch_maps(model, sample.inputs)
     return [
         Opening(
             cut,
@@ -141,17 +143,19 @@ def _with_closed(model: nn.Module, cut: Cut, sample: Sample) -> Any:
 
 def run(model: nn.Module, sample: Sample) -> Any:
     """Return the output of a model in eval mode; the model stays as it is."""
-    with torch.no_grad(), borrowed_modes(model), borrowed_buffers(model):
+    with torch.no_grad(), borrowed_modes(model), borrowed_buffers(model), probed(model):
         return model.eval()(*sample.inputs)
 
 
 def compare_outputs(reference: Any, other: Any) -> Change:
-    """Return how far one output is from another of the same structure."""
+    """Return how far one output is from another; what one of them lacks counts as zeros in it."""
     want, have = (_floats(output) for output in (reference, other))
-    difference = _flat(want) - _flat(have)
-    length = _flat(want).norm()
+    flat = _as_long([_flat(want), _flat(have)])
+    difference, length = flat[0] - flat[1], flat[0].norm()
+    if not difference.numel():
+        return Change(0.0, 0.0, None)
     top1 = None
-    if want[0].ndim == 2:
+    if len(want) == 1 and want[0].ndim == 2:
         top1 = (want[0].argmax(1) != have[0].argmax(1)).double().mean().item()
     return Change(
         (difference.norm() / length).item() if length else difference.norm().item(),
@@ -160,9 +164,17 @@ def compare_outputs(reference: Any, other: Any) -> Change:
     )
 
 
+def _as_long(rows: list[Tensor]) -> list[Tensor]:
+    """Return rows of one length, the shorter ones filled with zeros: detectors find fewer."""
+    most = max(len(row) for row in rows)
+    return [nn.functional.pad(row, (0, most - len(row))) for row in rows]
+
+
 def _floats(output: Any) -> list[Tensor]:
-    return [t for t in tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
+    return [
+        t for t in tree_leaves(unfolded(output)) if isinstance(t, Tensor) and t.is_floating_point()
+    ]
 
 
 def _flat(leaves: list[Tensor]) -> Tensor:
-    return torch.cat([leaf.double().flatten() for leaf in leaves])
+    return torch.cat([torch.zeros(0).double(), *(leaf.double().flatten() for leaf in leaves)])
