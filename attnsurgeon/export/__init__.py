@@ -10,7 +10,9 @@ import json
 import os
 import pkgutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -19,10 +21,11 @@ from attnsurgeon.card import HostCard, card_of
 from attnsurgeon.errors import ExportDiffers
 from attnsurgeon.export.against import Agreement, verify_export
 from attnsurgeon.export.format import Settings, format_for, formats
+from attnsurgeon.export.fresh import ready_process
 from attnsurgeon.export.inputs import Inputs, example_inputs, resized, size_of, trials
 from attnsurgeon.export.proof import Check, gate_values
 from attnsurgeon.export.prove import prove
-from attnsurgeon.outputs import atomic_output
+from attnsurgeon.outputs import atomic_outputs
 from attnsurgeon.store import make_recipe
 from attnsurgeon.surgery import cuts_of
 
@@ -39,7 +42,7 @@ class Artifact:
     Attributes:
         output: its path.
         format: onnx, torchscript, torch.export or python.
-        bytes: its size.
+        bytes: its size, with that of a second file where the weights need one.
         opset: of an ONNX file.
         dynamic: whether batch, height and width are free.
         checks: every comparison with the model, from disk.
@@ -120,13 +123,15 @@ def export_model(
     kind.check(settings)
     inputs = example_inputs(model, example, input_size)
     metadata = _metadata(model, inputs)
-    with atomic_output(output, force=force) as part:
+    meanwhile = ready_process(kind.needs) if kind.needs else nullcontext()
+    with meanwhile, atomic_outputs(output, force=force) as part:
         progress(f"translating to {kind.name}")
         pair = resized(inputs, 1 if static else 2, size_of(inputs))  # 1 would be a constant
         draft = kind.draft(model, pair, settings, metadata)
         batches = trials(model, inputs, static=static)
         draft.write(part, gate_values(model))
-        notices, size = draft.notices, part.stat().st_size
+        notices = draft.notices
+        size = sum(file.stat().st_size for file in part.parent.iterdir())
         read = draft.reader or kind.open
         twin = draft if draft.folds_gates else None
         del draft  # its weights need not stand in memory beside those that are read
@@ -136,7 +141,8 @@ def export_model(
             if not keep_rejected:
                 raise
             rejected = f"{os.fspath(output)}.rejected"
-            part.replace(rejected)
+            for file in part.parent.iterdir():
+                file.replace(Path(output).with_name(f"{file.name}.rejected"))
             told = str(error).replace("nothing was kept", f"it was kept as {rejected!r}")
             raise ExportDiffers(told) from error
     return Artifact(

@@ -15,6 +15,7 @@ from attnsurgeon.errors import BadFile, BadOption, ExportDiffers
 from attnsurgeon.export.format import format_for
 from attnsurgeon.export.images import image_files, read_images
 from attnsurgeon.export.inputs import example_inputs, size_of, tensors_of, trials
+from attnsurgeon.export.lending import lent_to, steady
 from attnsurgeon.export.opening import open_gates
 from attnsurgeon.export.proof import Check, check_file, gate_values, run_with_gates
 
@@ -69,10 +70,14 @@ def verify_export(
     batches = trials(model, inputs, static=bool(opened.fixed_axes))
     own = gate_values(model)
     label = "open" if any(bool(value.any()) for value in own.values()) else "closed"
-    checks = check_file(opened.run, model, own, label, batches)
-    if own and kind.has_gates(file):
-        values = open_gates(model, min(batches, key=lambda b: tensors_of(b)[0].numel())).values
-        checks += check_file(kind.open(file, values).run, model, values, "open", batches)
+    with lent_to(model, batches, opened.holds) as lent:
+        run = kind.open(file, lent).run if lent else opened.run
+        checks = check_file(run, model, own, label, [steady(model, own, b) for b in batches])
+        if own and kind.has_gates(file):
+            values = open_gates(model, min(batches, key=lambda b: tensors_of(b)[0].numel())).values
+            run = kind.open(file, {**values, **lent}).run
+            drawn = [steady(model, values, b) for b in batches]
+            checks += check_file(run, model, values, "open", drawn)
     seen: dict[str, str] = {}
     if images is not None:
         if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or inputs[0].shape[1] != 3:

@@ -17,13 +17,11 @@ from attnsurgeon.export.format import Draft, Format, Opened, Settings, refuse_op
 from attnsurgeon.export.fresh import FreshProcess
 from attnsurgeon.export.inputs import Inputs, tensors_of
 from attnsurgeon.export.onnx_file import read_file, write_file
+from attnsurgeon.export.onnx_mend import mend
 from attnsurgeon.export.onnx_runtime import newest_ir, newest_opset
 from attnsurgeon.gate import named_gates
 
 EXPORTERS = ("auto", "dynamo", "torchscript")
-
-MOST_BYTES = 2**31
-"""An ONNX file is one protobuf message, which cannot be larger."""
 
 _WRONG_ONNXSCRIPT = {f"0.5.{patch}" for patch in range(7)}
 _TOO_OLD = "opset {} was written by the TorchScript-based exporter: the newer one has none so old"
@@ -79,20 +77,6 @@ def write_onnx(
     settings = Settings(opset=opset, dynamic=dynamic, exporter="dynamo")
     draft = Onnx().draft(model, inputs, settings, {})
     draft.write(path, {name: gate.detach() for name, gate in named_gates(model).items()})
-
-
-def _check_bytes(model: nn.Module) -> None:
-    """Refuse weights that do not fit into one ONNX file.
-
-    Raises:
-        ExportRefused: 2 GiB or more, the limit of the format's encoding.
-    """
-    held = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    if held >= MOST_BYTES:
-        raise ExportRefused(
-            f"{type(model).__name__} holds {held / 2**30:.1f} GiB and one ONNX file less than 2; "
-            "export it to .pt"
-        )
 
 
 def _check_numbers(model: nn.Module) -> None:
@@ -192,7 +176,6 @@ class Onnx(Format):
             ExportRefused: the exporter cannot take the network, or not with free axes.
         """
         self.check(settings)
-        _check_bytes(model)
         _check_numbers(model)
         translated, notices = _translate(model, inputs, settings)
         _name_gates(translated, model)
@@ -220,7 +203,7 @@ class Onnx(Format):
             arrays = process([part.detach().cpu().numpy() for part in tensors_of(inputs)])
             return [torch.from_numpy(array) for array in arrays]
 
-        return Opened(run, opset=file.opset, fixed_axes=tuple(file.fixed_axes))
+        return Opened(run, file.opset, tuple(file.fixed_axes), file.holds)
 
     def has_gates(self, path: Path) -> bool:
         """Tell whether the file holds gates by name."""
@@ -255,5 +238,6 @@ def _optimize(model: Any, opset: int | None) -> None:
     from onnxscript import optimizer, version_converter
 
     optimizer.optimize_ir(model)
+    mend(model)
     if opset is not None and opset != model.opset_imports.get(""):
         version_converter.convert_version(model, opset, fallback=True)

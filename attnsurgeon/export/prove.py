@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from attnsurgeon.errors import BadOption, ExportDiffers
 from attnsurgeon.export.format import Draft, Opened, Reader, Runner, Settings
 from attnsurgeon.export.inputs import Inputs, tensors_of
+from attnsurgeon.export.lending import NOTICE as LENT
+from attnsurgeon.export.lending import lent_to, steady
 from attnsurgeon.export.opening import open_gates
 from attnsurgeon.export.proof import Check, check_file, gate_values
 
@@ -68,17 +70,23 @@ def prove(
     progress("checking it from disk, gates as they are")
     written = read(part, None)
     _check_header(written, settings)
-    checks = check_file(written.run, model, own, label, batches)
-    opset = written.opset
-    notices: tuple[str, ...] = ()
-    if own:
-        progress("checking it from disk, gates open")
-        opening = open_gates(model, min(batches, key=_pixels))
-        if opening.unseen:
-            notices = (_UNSEEN.format(len(opening.unseen), len(own), opening.unseen[0]),)
-        del written
-        with _opened_file(read, twin, part, opening.values) as run:
-            checks += check_file(run, model, opening.values, "open", batches)
+    opset, holds, run = written.opset, written.holds, written.run
+    del written
+    with lent_to(model, batches, holds) as lent:
+        notices: tuple[str, ...] = (LENT.format(type(model).__name__, _list(lent)),) if lent else ()
+        if lent:
+            run = read(part, lent).run
+        checks = check_file(run, model, own, label, [steady(model, own, b) for b in batches])
+        del run, holds
+        if own:
+            progress("checking it from disk, gates open")
+            opening = open_gates(model, min(batches, key=_pixels))
+            values = opening.values
+            if opening.unseen:
+                notices += (_UNSEEN.format(len(opening.unseen), len(own), opening.unseen[0]),)
+            with _opened_file(read, twin, part, {**values, **lent}) as run:
+                drawn = [steady(model, values, b) for b in batches]
+                checks += check_file(run, model, values, "open", drawn)
     for check in checks:
         if not check.passed:
             raise ExportDiffers(
@@ -105,6 +113,11 @@ def _check_header(written: Opened, settings: Settings) -> None:
         raise BadOption(
             f"--opset {settings.opset} cannot be written: the exporter made {written.opset}"
         )
+
+
+def _list(names: Iterable[str]) -> str:
+    first, *others = names
+    return f"{first} and {len(others)} other tensors" if others else first
 
 
 def _pixels(inputs: Inputs) -> int:
