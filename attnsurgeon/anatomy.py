@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import operator
 import random
 from collections.abc import Callable, Iterable
@@ -13,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
+from attnsurgeon.blocks.block import AttentionBlock
 from attnsurgeon.borrow import borrowed_buffers
 from attnsurgeon.errors import PlacementUnavailable, first_line
 
@@ -25,8 +27,8 @@ _ACTIVATION_METHODS = ("relu", "relu_")
 class _Tracer(fx.Tracer):
     """Trace a block's own forward; step only into the children on the way to one convolution."""
 
-    def __init__(self, open_paths: Iterable[str] = ()) -> None:
-        super().__init__()
+    def __init__(self, open_paths: Iterable[str] = (), wrapped: tuple[Any, ...] = ()) -> None:
+        super().__init__(autowrap_modules=wrapped)
         self.open_paths = set(open_paths)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
@@ -58,11 +60,21 @@ def trace_own_forward(block: nn.Module, convs: Iterable[str] = ()) -> fx.Graph:
 
 
 def _trace(block: nn.Module, training: bool, open_paths: set[str]) -> fx.Graph:
+    try:
+        return _trace_once(block, training, open_paths)
+    except PlacementUnavailable:
+        # Wrapping all of math takes longer than the rest of a trace, and hardly any needs it.
+        return _trace_once(block, training, open_paths, (math,))
+
+
+def _trace_once(
+    block: nn.Module, training: bool, open_paths: set[str], wrapped: tuple[Any, ...] = ()
+) -> fx.Graph:
     probe, copies = _probe(block, training)
     before = torch.get_rng_state(), random.getstate()
     try:
         with borrowed_buffers(block):
-            graph = _Tracer(open_paths).trace(probe)
+            graph = _Tracer(open_paths, wrapped).trace(probe)
         drew = not torch.equal(before[0], torch.get_rng_state()) or before[1] != random.getstate()
     except Exception as error:
         raise PlacementUnavailable(
@@ -96,7 +108,8 @@ def _probe(block: nn.Module, training: bool) -> tuple[nn.Module, dict[str, Any]]
     copies["_buffers"] = {
         name: None if buffer is None else buffer.clone() for name, buffer in block._buffers.items()
     }
-    probe.__dict__ = {**block.__dict__, **copies, "training": training}
+    children = {n: m for n, m in block._modules.items() if not isinstance(m, AttentionBlock)}
+    probe.__dict__ = {**block.__dict__, **copies, "_modules": children, "training": training}
     return probe, copies
 
 

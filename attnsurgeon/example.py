@@ -6,20 +6,29 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from attnsurgeon.card import card_of
+from attnsurgeon.errors import BadOption
 
 
 def as_inputs(model: nn.Module, example: Any) -> tuple[Any, ...]:
     """Return the positional inputs that an example stands for.
 
     The default is what the model's card says, or else one image batch of 224 px.
+
+    Raises:
+        BadOption: it holds no tensor.
     """
     if example is None:
         card = card_of(model)
         like = next(iter(model.parameters()), None)
         return card.example(like) if card else (default_example(model),)
-    return tuple(example) if isinstance(example, tuple | list) else (example,)
+    inputs = tuple(example) if isinstance(example, tuple | list) else (example,)
+    if not any(isinstance(leaf, Tensor) for leaf in tree_leaves(inputs)):
+        kind = type(example).__name__
+        raise BadOption(f"an example is a tensor, or a tuple of inputs with one in it, not {kind}")
+    return inputs
 
 
 def default_example(model: nn.Module, size: tuple[int, int] = (224, 224)) -> Tensor:

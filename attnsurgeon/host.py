@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 from torchvision.models import list_models
 
+from attnsurgeon.arguments import typed
 from attnsurgeon.borrow import borrowed_randomness
 from attnsurgeon.builder import weights_on_meta, without_memory
 from attnsurgeon.card import WEIGHT_ARGUMENTS, HostCard, card_of, give_card
@@ -226,6 +227,7 @@ def finish(host: Host, inputs: Sequence[str] = ()) -> Host:
     return Host(model.eval(), host.fit, (*host.notices, *notices))
 
 
+@typed
 @contextmanager
 def naming_host(given: Given | None) -> Iterator[None]:
     """Have files of a network of your own loaded with this host, wherever that is done inside.
@@ -248,10 +250,11 @@ def rebuild_host(card: HostCard, *, weightless: bool = False) -> nn.Module:
         MissingPackage: timm, which built it, is not installed.
     """
     if card.name is None:
-        made_by = card.factory or "file.py:factory"
+        made_by = card.factory or "arguments of its own, in code"
+        again = f"path/to/{card.factory}" if card.factory else "FILE.py:NAME of what builds it so"
         raise HostUnusable(
             f"the file was made from your own {card.class_name} ({made_by}), and no code is run "
-            f"because a file names it: give --host path/to/{made_by}, or host= to load_model"
+            f"because a file names it: give --host {again}, or host= to load_model"
         )
     source = source_of(card.name)
     if source is own or not source.knows(card.name):
@@ -292,20 +295,35 @@ def host_of(card: HostCard, given: Given | None = None, *, weightless: bool = Fa
     """
     if given is None:
         return rebuild_host(card, weightless=weightless)
+    try:
+        model = _inner(_made_again(card, given))
+        if type(model).__name__ != card.class_name:
+            raise HostUnusable(
+                f"the file was made from {card.class_name}, not from {type(model).__name__}"
+            )
+    except AttnSurgeonError as error:
+        if isinstance(given, str):
+            error.args = (f"--host {given}: {error}",)
+        raise
+    return model
+
+
+def _made_again(card: HostCard, given: Given) -> nn.Module:
+    """Return the network that is given, or that what is given makes of the card's arguments.
+
+    Raises:
+        AttnSurgeonError: see load_host.
+    """
     # A network that was recognised has the arguments of its registered builder, not of a factory.
     arguments = card.arguments if card.name is None else {}
-    if isinstance(given, str):
-        source = source_of(given)
-        told = arguments if source is own else card.arguments
-        model = source.make(given, NO_WEIGHTS, told)
-    elif isinstance(given, nn.Module):
-        model = given
-    else:
+    if isinstance(given, nn.Module):
+        return given
+    if not isinstance(given, str):
         called = getattr(given, "__qualname__", type(given).__name__)
-        model = own.call_factory(given, arguments, called)
-    model = _inner(model)
-    if type(model).__name__ != card.class_name:
-        raise HostUnusable(
-            f"the file was made from {card.class_name}, not from {type(model).__name__}"
-        )
+        return own.call_factory(given, arguments, called)
+    source = source_of(given)
+    source.check(given, NO_WEIGHTS)
+    model: nn.Module = source.make(
+        given, NO_WEIGHTS, arguments if source is own else card.arguments
+    )
     return model

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +22,8 @@ CLIPS = ((16, 112, 112), (16, 224, 224))
 """Frames, height, width that video networks are published with."""
 OTHER_SIDES = (32, 64, 96, 128, 160, 192, 256, 384, 512)
 """Tried where a network is built for images of another size than the published ones."""
+POSSIBLE_SIDES = range(8, 2049)
+"""What a number given to a builder may mean as a side."""
 FLOW = (128, 128)
 """The smallest images that a flow network builds its pyramid from."""
 
@@ -40,11 +43,16 @@ def published_side(weights: WeightsEnum | None) -> int | None:
 
 
 def input_shapes(
-    name: str, model: nn.Module, channels: int, weights: Iterable[WeightsEnum]
+    name: str,
+    model: nn.Module,
+    channels: int,
+    weights: Iterable[WeightsEnum],
+    arguments: Mapping[str, Any],
 ) -> tuple[Shapes, bool]:
     """Return the shapes of a network's inputs, and whether they come as one list of images.
 
-    Of several published sizes the first that the network runs at is taken.
+    Of several published sizes the first that the network runs at is taken; an argument of the
+    builder may be the side of its images too.
     """
     task = task_of(name)
     if task == "detection":
@@ -54,6 +62,7 @@ def input_shapes(
     if task == "video":
         return (_first(model, [(1, 3, *clip) for clip in CLIPS]),), False
     sides = [side for side in map(published_side, weights) if side] + [224, *OTHER_SIDES]
+    sides += [n for n in arguments.values() if type(n) is int and n in POSSIBLE_SIDES]
     return (_first(model, [(1, channels, side, side) for side in sides]),), False
 
 

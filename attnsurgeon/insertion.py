@@ -36,6 +36,7 @@ class CutCost:
             "placement": self.cut.placement,
             "options": dict(self.cut.options),
             "seed": self.cut.seed,
+            "gate": self.cut.gate,
             "channels": self.cut.place.channels,
             "shape": list(self.cut.shape),
             "parameters": self.parameters,

@@ -14,6 +14,7 @@ from attnsurgeon.errors import BadOption, IdentityBroken
 from attnsurgeon.example import as_inputs
 from attnsurgeon.export import export_model, export_suffixes
 from attnsurgeon.export.format import format_for
+from attnsurgeon.gate import DEFAULT_FORM
 from attnsurgeon.host import (
     DEFAULT_WEIGHTS,
     NO_WEIGHTS,
@@ -34,6 +35,7 @@ from attnsurgeon.surgery import attention_paths, count_parameters, is_new_key
 SAVED = ".safetensors"
 _OF_A_STEP = (
     *("block", "at", "exclude", "stages", "every", "kind", "placement", "options", "stack"),
+    "gate",
 )
 
 
@@ -61,6 +63,7 @@ class InsertJob:
     host: str | None = None
     seed: int = 0
     stack: bool = False
+    gate: str = DEFAULT_FORM
     dry_run: bool = False
     force: bool = False
 
@@ -91,6 +94,7 @@ class InsertJob:
             options=self.options,
             seed=self.seed,
             stack=self.stack,
+            gate=self.gate,
         )
         return (step.checked(),)
 

@@ -21,7 +21,7 @@ from attnsurgeon.borrow import (
     borrowed_values,
 )
 from attnsurgeon.errors import HostUnusable
-from attnsurgeon.gate import named_gates
+from attnsurgeon.gate import gates_by_path
 from attnsurgeon.probes import Inputs, arguments_in, small_resizes, unfolded
 
 
@@ -52,7 +52,7 @@ def check_liveness(model: nn.Module, inputs: Inputs) -> Liveness:
     Raises:
         HostUnusable: attention does not run once for each run of its module.
     """
-    gates = named_gates(model)
+    gates = {path: list(held.values()) for path, held in gates_by_path(model).items()}
     dead = _dead_gates(model, gates, inputs)
     silent = _silent_weights(model) if dead else {}
     if not silent or not _is_constant(model, inputs):
@@ -82,16 +82,18 @@ def _is_constant(model: nn.Module, inputs: Inputs) -> bool:
         return all(same(a, b) for a, b in pairs)
 
 
-def _dead_gates(
-    model: nn.Module, gates: dict[str, nn.Parameter], inputs: Inputs
-) -> tuple[str, ...]:
+Gates = dict[str, list[nn.Parameter]]
+"""Path of each gate -> what opens it: its number, or the weights of the last layer."""
+
+
+def _dead_gates(model: nn.Module, gates: Gates, inputs: Inputs) -> tuple[str, ...]:
     """Return the gates without a usable gradient, or without effect, in eval and in train mode."""
     dead = set(gates)
     moved: set[str] = set()
     with (
         borrowed_modes(model),
         borrowed_buffers(model),
-        borrowed_values(list(gates.values())),
+        borrowed_values(_tensors(gates)),
         small_resizes(model),
     ):
         for mode in _modes(model, inputs):
@@ -105,6 +107,10 @@ def _dead_gates(
     return tuple(n for n in gates if n in dead or n not in moved)
 
 
+def _tensors(gates: Gates) -> list[nn.Parameter]:
+    return [tensor for held in gates.values() for tensor in held]
+
+
 def _modes(model: nn.Module, inputs: Inputs) -> tuple[str, str]:
     """Return eval and train mode, for detectors the other way round: losses hear every gate."""
     return (
@@ -112,11 +118,11 @@ def _modes(model: nn.Module, inputs: Inputs) -> tuple[str, str]:
     )
 
 
-def _with_gradient(model: nn.Module, gates: dict[str, nn.Parameter], inputs: Inputs) -> set[str]:
+def _with_gradient(model: nn.Module, gates: Gates, inputs: Inputs) -> set[str]:
     """Return the names of the gates that one backward pass reaches with a usable gradient."""
     if not gates:
         return set()
-    for gate in gates.values():
+    for gate in _tensors(gates):
         gate.requires_grad_(True)
     with torch.enable_grad(), borrowed_randomness(0):
         loss = _weighted_sum(model(*inputs))
@@ -124,7 +130,7 @@ def _with_gradient(model: nn.Module, gates: dict[str, nn.Parameter], inputs: Inp
             return set()
         # Only the gates are asked for: no gradient of the host's weights is computed or kept.
         try:
-            found = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
+            found = torch.autograd.grad(loss, _tensors(gates), allow_unused=True)
         except RuntimeError as error:
             if "inplace" not in str(error):
                 raise
@@ -132,11 +138,18 @@ def _with_gradient(model: nn.Module, gates: dict[str, nn.Parameter], inputs: Inp
                 f"{type(model).__name__} changes in place what attention has read, so that it "
                 "cannot be trained; choose other sites by --at, or write x = x + y for x += y"
             ) from error
-    return {
-        name
-        for name, gradient in zip(gates, found, strict=True)
-        if gradient is not None and bool(gradient.isfinite().all()) and bool(gradient.any())
+    owners = [name for name, held in gates.items() for _ in held]
+    return {name for name, gradient in zip(owners, found, strict=True) if _is_usable(gradient)} - {
+        name for name, gradient in zip(owners, found, strict=True) if not _is_finite(gradient)
     }
+
+
+def _is_finite(gradient: Tensor | None) -> bool:
+    return gradient is None or bool(gradient.isfinite().all())
+
+
+def _is_usable(gradient: Tensor | None) -> bool:
+    return gradient is not None and bool(gradient.any())
 
 
 def _weighted_sum(output: Any) -> Tensor:
@@ -152,15 +165,16 @@ def _weighted_sum(output: Any) -> Tensor:
     ).sum()
 
 
-def _with_effect(model: nn.Module, gates: dict[str, nn.Parameter], inputs: Inputs) -> set[str]:
+def _with_effect(model: nn.Module, gates: Gates, inputs: Inputs) -> set[str]:
     """Return the names of the gates that change an output when opened alone."""
     if not gates:
         return set()
     closed = _leaves(model, inputs)
     moved = set()
-    for name, gate in gates.items():
-        with borrowed_values([gate]), torch.no_grad():
-            gate.add_(1)
+    for name, held in gates.items():
+        with borrowed_values(held), torch.no_grad():
+            for tensor in held:
+                tensor.add_(1)
             opened = _leaves(model, inputs)
         if any(not same(a, b) for a, b in zip(closed, opened, strict=True)):
             moved.add(name)

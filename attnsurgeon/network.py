@@ -77,6 +77,19 @@ def check_has_numbers(model: nn.Module) -> None:
             )
 
 
+def check_mode() -> None:
+    """Refuse to work in torch.inference_mode(), whose tensors neither tell of changes nor learn.
+
+    Raises:
+        HostUnusable: it is on.
+    """
+    if torch.is_inference_mode_enabled():
+        raise HostUnusable(
+            "torch.inference_mode() is on, in which nothing can be watched or learn; do this "
+            "outside of it (torch.no_grad() does no harm)"
+        )
+
+
 def _is_compiled(module: nn.Module) -> bool:
     return "_orig_mod" in module._modules
 

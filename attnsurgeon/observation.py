@@ -45,7 +45,8 @@ class Visits:
     """How often a module ran, and what its first run saw.
 
     `widths` are the channels of what its runs returned, `operators` what it called itself;
-    `is_read` tells whether anything reads the positions of what it returned, beside its tokens.
+    `is_read` tells whether anything reads the positions of what it returned, beside its tokens,
+    `is_used` whether an output of the network was computed from it.
     """
 
     count: int = 0
@@ -56,6 +57,7 @@ class Visits:
     in_version: int = 0
     passed_through: bool = False
     is_read: bool = True
+    is_used: bool = True
     widths: set[int] = field(default_factory=set)
     operators: set[str] = field(default_factory=set)
 
@@ -71,6 +73,7 @@ class Observation:
         scalings: modules that multiply a map by one number per channel or position of it: they
             are attention of the network's own.
         tokens: number of tokens in front of the positions of NLC maps.
+        taken_apart: sequences whose modules others than themselves walk, count or slice.
         complete: whether the pass came to its end; on meta tensors one that asks for numbers
             cannot.
     """
@@ -80,4 +83,5 @@ class Observation:
     visits: dict[str, Visits] = field(default_factory=lambda: defaultdict(Visits))
     scalings: list[str] = field(default_factory=list)
     tokens: int = 0
+    taken_apart: set[str] = field(default_factory=set)
     complete: bool = True

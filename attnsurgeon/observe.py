@@ -8,6 +8,7 @@ attention already inserted does is left out: an operated network looks like its 
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,8 +29,10 @@ from attnsurgeon.borrow import (
     stand_ins,
 )
 from attnsurgeon.errors import HostUnusable, first_line
+from attnsurgeon.network import check_mode
 from attnsurgeon.observation import Convolution, Join, Observation, Shape
 from attnsurgeon.tracks import Tracks, name_of
+from attnsurgeon.walks import noticing_walks
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,7 @@ class _Watch(TorchDispatchMode):
         self.stack: list[_Frame] = []
         self.tracks = Tracks(inputs)
         self.sequences: dict[str, Tensor] = {}
+        self.returned: dict[str, set[int]] = defaultdict(set)
 
     def __torch_dispatch__(
         self,
@@ -148,6 +152,9 @@ class _Watch(TorchDispatchMode):
         """Return what was seen, with what only the end of the pass can tell."""
         self.seen.tokens = self.tracks.tokens
         ends = [id(leaf) for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
+        reached = self.tracks.sources_of(ends) if _is_transparent(output) else None
+        for path, returned in self.returned.items():
+            self.seen.visits[path].is_used = reached is None or bool(returned & reached)
         if self.seen.tokens:
             for path, out in self.sequences.items():
                 self.seen.visits[path].is_read = self.tracks.has_readers(out, ends)
@@ -157,12 +164,20 @@ class _Watch(TorchDispatchMode):
     def hooks(self) -> Iterator[None]:
         """Follow which module runs; the hooks are taken off again whatever happens."""
         handles = []
+        paths = {id(module): path for path, module in self.model.named_modules()}
+
+        def take_apart(sequence: nn.Module) -> None:
+            by_itself = self.stack and self.stack[-1].module is sequence
+            if not by_itself and id(sequence) in paths:
+                self.seen.taken_apart.add(paths[id(sequence)])
+
         try:
             for path, module in self.model.named_modules():
                 enter, leave = self._enter(path), self._leave(path)
                 handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
                 handles.append(module.register_forward_hook(leave))
-            yield
+            with noticing_walks(take_apart):
+                yield
         finally:
             for handle in handles:
                 handle.remove()
@@ -189,6 +204,7 @@ class _Watch(TorchDispatchMode):
                 self.sequences[path] = main
             if not isinstance(out, Tensor):
                 return
+            self.returned[path].add(id(out))
             join = next((j for j in reversed(self.seen.joins) if j.path == path), None)
             if join is not None and self.tracks.axis(out) is None and out.shape == join.shape:
                 self.tracks.mark(out, join.layout)  # as where channels are shuffled after a join
@@ -204,6 +220,12 @@ class _Watch(TorchDispatchMode):
         return hook
 
 
+def _is_transparent(output: Any) -> bool:
+    """Tell whether every tensor of an output can be seen: none is inside of something opaque."""
+    plain = (Tensor, str, int, float, type(None))
+    return all(isinstance(leaf, plain) for leaf in tree_leaves(output))
+
+
 def _per_axis(value: list[int], dims: int) -> Shape:
     return tuple(value) if len(value) == dims else (value[0],) * dims
 
@@ -216,8 +238,9 @@ def observe(model: nn.Module, inputs: tuple[Any, ...]) -> Observation:
     came, unless a module of a kind that joins paths has not run by then: then it runs for real.
 
     Raises:
-        HostUnusable: the forward pass fails with this input.
+        HostUnusable: the forward pass fails with this input, or torch.inference_mode() is on.
     """
+    check_mode()
     with borrowed_modes(model), borrowed_randomness(0), torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a host's own warnings belong to the host's own runs
         model.eval()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -87,11 +88,24 @@ def open_target(
             f"{model!r} is a file with a network of its own: of --weights, --num-classes and "
             "--model-arg it takes none; give --checkpoint for other weights"
         )
-    loaded = load_model(model, host)
-    fit = None
-    if checkpoint is not None:
-        fit = load_trained(loaded, read_checkpoint(checkpoint, checkpoint_key))
-    return finish(Host(loaded, fit), inputs)
+    return finish(open_file(model, host, checkpoint, checkpoint_key), inputs)
+
+
+def open_file(
+    file: str | os.PathLike[str],
+    host: Given | None = None,
+    checkpoint: Path | None = None,
+    checkpoint_key: str | None = None,
+) -> Host:
+    """Open a file of attnsurgeon, perhaps with the weights that a training script saved later.
+
+    Raises:
+        AttnSurgeonError: see load_model and load_trained.
+    """
+    loaded = load_model(file, host)
+    if checkpoint is None:
+        return Host(loaded)
+    return Host(loaded, load_trained(loaded, read_checkpoint(checkpoint, checkpoint_key)))
 
 
 def watch(
@@ -108,7 +122,7 @@ def watch(
     given: dict[str, Any] = {"arguments": arguments, "inputs": inputs}
     if host is not None or is_model_file(model):
         return find_sites(open_model(model, weights=NO_WEIGHTS, host=host, **given))
-    check_host(model)
+    check_host(model, weights=NO_WEIGHTS)
     try:
         return find_sites(load_outline(model, **given))
     except HostUnusable:  # it asks for numbers, which an outline does not have

@@ -11,8 +11,10 @@ from typing import Any
 
 from torch import nn
 
+from attnsurgeon.arguments import typed
 from attnsurgeon.card import HostCard, card_of, give_card
 from attnsurgeon.example import as_inputs
+from attnsurgeon.gate import DEFAULT_FORM
 from attnsurgeon.liveness import Liveness
 from attnsurgeon.network import check_has_numbers, plain_network
 from attnsurgeon.origin import fingerprints, give_origin, origin_of
@@ -64,6 +66,7 @@ def operate(model: nn.Module, plan: Plan, example: tuple[Any, ...]) -> tuple[Ver
     return verdict, liveness
 
 
+@typed
 def insert_attention(
     model: nn.Module,
     block: str,
@@ -77,6 +80,7 @@ def insert_attention(
     example: Any = None,
     seed: int = 0,
     stack: bool = False,
+    gate: str = DEFAULT_FORM,
     **options: Any,
 ) -> nn.Module:
     """Return a copy of a model with attention at its sites, behind closed gates.
@@ -100,6 +104,7 @@ def insert_attention(
             (1, C, 224, 224) image batch.
         seed: of the new weights; the same seed gives the same weights.
         stack: put it behind the same block at the same place too, instead of refusing that.
+        gate: how it is let in: mix, centred or layer; see gate.FORMS.
         **options: of the block, such as reduction=8.
 
     Raises:
@@ -125,10 +130,12 @@ def insert_attention(
         options=options,
         seed=seed,
         stack=stack,
+        gate=gate,
     )
     return _insert(model, (step.checked(),), example)
 
 
+@typed
 def insert_plan(model: nn.Module, plan: Any, *, example: Any = None, seed: int = 0) -> nn.Module:
     """Return a copy of a model with several attentions, each where its step of a plan says.
 
@@ -161,7 +168,7 @@ def _insert(model: nn.Module, steps: tuple[Step, ...], example: Any) -> nn.Modul
     model, notices = plain_network(model)
     check_has_numbers(model)
     for notice in notices:
-        warnings.warn(notice, stacklevel=3)
+        warnings.warn(notice, stacklevel=4)
     inputs = as_inputs(model, example)
     plan = plan_steps(model, inputs, steps)
     operated = copy.deepcopy(model)

@@ -18,6 +18,7 @@ from attnsurgeon.errors import (
     PlacementUnavailable,
     UnknownName,
 )
+from attnsurgeon.gate import DEFAULT_FORM, form_named
 from attnsurgeon.observation import Shape
 from attnsurgeon.schema import read_as
 from attnsurgeon.selection import literals, select_sites
@@ -45,6 +46,7 @@ class Cut:
     shape: Shape
     splice: Splice
     seed: int = 0
+    gate: str = DEFAULT_FORM
 
     @property
     def child(self) -> str:
@@ -58,8 +60,10 @@ class Cut:
         return (sizes[0] - self.splice.tokens,) if self.splice.tokens else sizes
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values that `from_json` reads."""
+        """Return plain values that `from_json` reads; the default gate goes without saying."""
+        form = {} if self.gate == DEFAULT_FORM else {"gate": self.gate}
         return {
+            **form,
             "path": self.path,
             "placement": self.placement,
             "block": self.block,
@@ -76,7 +80,7 @@ class Cut:
 
         Raises:
             BadFile: a field is missing, unknown, of the wrong kind or out of range.
-            UnknownName, BadOption: no such block or option.
+            UnknownName, BadOption: no such block, option or form of gate.
         """
         try:
             cut: Cut = read_as(cls, data, "cut")
@@ -96,6 +100,7 @@ class Cut:
         """
         if self.placement not in blocks.get(self.block).placements:
             raise ValueError(f"{self.block} has no placement {self.placement!r}")
+        form_named(self.gate)
         if self.splice.placement != self.placement or not _CHILD.fullmatch(self.splice.child):
             raise ValueError(f"cut.splice is not one of placement {self.placement!r}")
         if self.splice.layout not in LAYOUTS.values() or len(self.shape) != len(self.splice.layout):
@@ -136,6 +141,7 @@ def make_plan(
     seed: int = 0,
     before: Sequence[Cut] = (),
     stack: bool = False,
+    gate: str = DEFAULT_FORM,
 ) -> Plan:
     """Choose sites by kind, pattern, stage and step, and plan the same attention at each.
 
@@ -154,16 +160,19 @@ def make_plan(
         seed: of the new weights.
         before: cuts that will be made before these.
         stack: take sites too that have the same block at the same placement already.
+        gate: one of gate.FORMS.
 
     Raises:
-        UnknownName: no such block, placement or option.
+        UnknownName: no such block, placement, option or form of gate.
         BadOption: a value out of range.
         PatternUnmatched: a pattern or stage that no site has.
         PlacementUnavailable: a site named in full, or all sites, do not have the placement, or
             have this block there already.
         NoSites: nothing is left to operate on.
     """
-    values = check_request(block, placement=placement, every=every, kind=kind, options=options)
+    values = check_request(
+        block, placement=placement, every=every, kind=kind, options=options, gate=gate
+    )
     chosen = select_sites(sites, at=at, exclude=exclude, stages=stages, every=every, kind=kind)
     literal = set(literals(at))
     cuts: list[Cut] = []
@@ -172,7 +181,8 @@ def make_plan(
         try:
             if not stack:
                 _refuse_twin(model, site, block, placement, before)
-            cuts.append(_plan_cut(model, site, block, placement, values, seed, before))
+            cut = _plan_cut(model, site, block, placement, values, seed, before)
+            cuts.append(replace(cut, gate=gate))
         except PlacementUnavailable as error:
             if site.path in literal:
                 raise
@@ -190,6 +200,7 @@ def check_request(
     every: int = 1,
     kind: str | None = None,
     options: Mapping[str, Any] | None = None,
+    gate: str = DEFAULT_FORM,
 ) -> dict[str, Any]:
     """Refuse what no network could satisfy, before one is loaded; return the options as typed.
 
@@ -209,7 +220,9 @@ def check_request(
         raise UnknownName("kind of site", kind, KINDS)
     if every < 1:
         raise BadOption(f"--every must be at least 1, not {every}")
-    return blocks.check_options(block, options or {})
+    values = blocks.check_options(block, options or {})
+    blocks.check_form(block, gate, values)
+    return values
 
 
 def _plan_cut(

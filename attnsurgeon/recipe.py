@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
 
-from attnsurgeon import gate
 from attnsurgeon.card import HostCard
 from attnsurgeon.errors import AttnSurgeonError, BadFile
+from attnsurgeon.gate import DEFAULT_FORM
 from attnsurgeon.operation import Certificate
 from attnsurgeon.plan import Cut
 from attnsurgeon.schema import read_as
@@ -28,7 +28,6 @@ class Recipe:
         cuts: the attention, in the order of insertion.
         certificate: what was shown at insertion (operation.Certificate as JSON), or None.
         sha256: original key -> SHA-256 of the tensor's bytes, as saved.
-        gate: name of the gate's form.
         origin: original key -> SHA-256 before training, of the tensors that changed since.
         only: "attention" where the file holds just what was inserted and what moved.
         stripped: paths of the attention whose gates were taken out at 1.
@@ -39,11 +38,15 @@ class Recipe:
     cuts: tuple[Cut, ...]
     certificate: Mapping[str, Any] | None = None
     sha256: Mapping[str, str] = field(default_factory=dict)
-    gate: str = gate.FORM
     versions: Mapping[str, str] = field(default_factory=lambda: package_versions())
     origin: Mapping[str, str] = field(default_factory=dict)
     only: str | None = None
     stripped: tuple[str, ...] = ()
+
+    @property
+    def gate(self) -> str:
+        """The forms of its gates, each once, joined by a plus."""
+        return "+".join(dict.fromkeys(cut.gate for cut in self.cuts))
 
     def dumps(self) -> str:
         """Return the recipe as JSON; the same recipe gives the same text."""
@@ -79,13 +82,11 @@ class Recipe:
                     "update it: pip install -U attnsurgeon"
                 )
             written: _Written = read_as(_Written, data, "recipe")
-            if written.gate != gate.FORM:
-                raise BadFile(f"its gates are of the unknown form {written.gate!r}")
             cuts = tuple(Cut.from_json(cut) for cut in written.cuts)
             if not cuts or len({cut.child for cut in cuts}) != len(cuts):
                 raise BadFile("it has no cuts, or two at the very same place")
             shown = written.certificate
-            return cls(
+            recipe = cls(
                 host=HostCard.from_json(written.host),
                 cuts=cuts,
                 certificate=shown.to_json() if shown is not None else None,
@@ -95,6 +96,12 @@ class Recipe:
                 only=written.only,
                 stripped=written.stripped,
             )
+            if written.gate != recipe.gate:
+                raise BadFile(
+                    f"its gates are of the unknown form {written.gate!r}, its cuts of "
+                    f"{recipe.gate!r}"
+                )
+            return recipe
         except (AttnSurgeonError, ValueError, RecursionError) as error:
             raise BadFile(f"the recipe of {source} cannot be read: {error}") from error
 
@@ -105,10 +112,10 @@ class _Written:
 
     host: Mapping[str, Any]
     cuts: tuple[Mapping[str, Any], ...]
-    gate: str
     certificate: Certificate | None
     sha256: Mapping[str, str]
     versions: Mapping[str, str]
+    gate: str = DEFAULT_FORM
     origin: Mapping[str, str] = field(default_factory=dict)
     only: str | None = None
     stripped: tuple[str, ...] = ()

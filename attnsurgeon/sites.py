@@ -13,13 +13,22 @@ from torch import nn
 
 from attnsurgeon import blocks
 from attnsurgeon.anatomy import own_class
+from attnsurgeon.arguments import typed
 from attnsurgeon.blocks.block import AttentionBlock
 from attnsurgeon.errors import NoSites, PlacementUnavailable
 from attnsurgeon.example import as_inputs
 from attnsurgeon.network import plain_network
 from attnsurgeon.observation import Join, Observation, Shape
 from attnsurgeon.observe import observe
-from attnsurgeon.spots import PLACEMENTS, Spot, channel_axis, post_spot, residual_spots, sizes_in
+from attnsurgeon.spots import (
+    PLACEMENTS,
+    Spot,
+    channel_axis,
+    check_used,
+    post_spot,
+    residual_spots,
+    sizes_in,
+)
 
 __all__ = ["KINDS", "PLACEMENTS", "Site", "default_kind", "find_sites"]
 
@@ -97,6 +106,7 @@ class Site:
         return self.spots[placement]
 
 
+@typed
 def find_sites(model: nn.Module, example: Any = None, *, named: Iterable[str] = ()) -> list[Site]:
     """Return the sites of a model in the order of execution.
 
@@ -118,11 +128,12 @@ def find_sites(model: nn.Module, example: Any = None, *, named: Iterable[str] = 
     model, _ = plain_network(model)
     seen = observe(model, as_inputs(model, example))
     modules = dict(model.named_modules())
-    finder = _Finder(model, seen)
+    wanted = list(named)
+    finder = _Finder(model, seen, set(wanted))
     joins = _joins_by_path(seen)
     classes = {own_class(modules[p]) for p, join in joins.items() if join.kind == "addition"}
-    wanted = list(named)
     attention = [path for path, module in modules.items() if isinstance(module, AttentionBlock)]
+    _check_run(seen, modules, wanted)
     sites = []
     for path, visit in list(seen.visits.items()):
         module = modules[path]
@@ -149,6 +160,19 @@ def find_sites(model: nn.Module, example: Any = None, *, named: Iterable[str] = 
             "an activation that returns a feature map; choose another network, such as resnet50"
         )
     return _number_stages(sites)
+
+
+def _check_run(seen: Observation, modules: Mapping[str, nn.Module], wanted: Sequence[str]) -> None:
+    """Refuse a module named in full that is never run itself, as one whose children others walk.
+
+    Raises:
+        PlacementUnavailable: there is nothing that attention could follow.
+    """
+    for path in wanted:
+        if path in modules and seen.complete and path not in seen.visits:
+            names = [name for name, _ in modules[path].named_children()]
+            told = f"; name one in it that is, such as {path}.{names[-1]}" if names else ""
+            raise PlacementUnavailable(f"{path} is not run itself in eval mode{told}")
 
 
 def _is_wanted(path: str, patterns: Iterable[str]) -> bool:
@@ -207,8 +231,9 @@ def _returns_join(seen: Observation, join: Join) -> bool:
 class _Finder:
     """Make sites of modules, from one observation."""
 
-    def __init__(self, model: nn.Module, seen: Observation) -> None:
+    def __init__(self, model: nn.Module, seen: Observation, named: set[str]) -> None:
         self.seen = seen
+        self.named = named
         self.paths: dict[int, list[str]] = defaultdict(list)
         for path, module in model.named_modules(remove_duplicate=False):
             self.paths[id(module)].append(path)
@@ -234,6 +259,8 @@ class _Finder:
         spots: dict[str, Spot] = {}
         refused: dict[str, str] = {}
         try:
+            if kind == "layer" and path not in self.named:  # that may count in train mode only
+                check_used(self.seen, path)
             spots["post"] = post_spot(module, self.seen, path)
         except PlacementUnavailable as error:
             refused["post"] = str(error)

@@ -15,7 +15,7 @@ from attnsurgeon.observation import Convolution, Join, Observation, Shape
 from attnsurgeon.wiring import Splice, check_follows, check_place
 
 PLACEMENTS = ("post", "standard", "pre", "identity", "conv", "replace")
-"""All placements, by the names of the Squeeze-and-Excitation paper (section 6.4), and `replace`."""
+"""All placements, by the names of the Squeeze-and-Excitation paper, and `replace`."""
 
 Traced = tuple[fx.Graph, Anatomy | None]
 """The graph of a block's own forward, and its parts."""
@@ -62,8 +62,18 @@ def post_spot(module: nn.Module, seen: Observation, path: str) -> Spot:
         raise PlacementUnavailable(f"it runs {visit.count} times, with different widths")
     _check_read(seen, path)
     spot = _spot("post", visit.out_shape, visit.out_layout, seen)
-    check_follows(module, spot.splice)
+    check_follows(module, spot.splice, whole=path not in seen.taken_apart)
     return spot
+
+
+def check_used(seen: Observation, path: str) -> None:
+    """Refuse a module of which no output is computed: attention there could never count.
+
+    Raises:
+        PlacementUnavailable: it is one.
+    """
+    if not seen.visits[path].is_used:
+        raise PlacementUnavailable("no output of the network is computed from it in eval mode")
 
 
 def _check_read(seen: Observation, path: str) -> None:

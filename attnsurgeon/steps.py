@@ -14,6 +14,7 @@ from torch import nn
 from attnsurgeon import blocks
 from attnsurgeon.checkpoint import check_readable
 from attnsurgeon.errors import AttnSurgeonError, BadFile, BadOption, UnknownName
+from attnsurgeon.gate import DEFAULT_FORM
 from attnsurgeon.plan import Cut, Plan, check_request, make_plan
 from attnsurgeon.schema import read_as
 from attnsurgeon.selection import named_layers
@@ -42,6 +43,7 @@ class Step:
     options: Mapping[str, Any] = field(default_factory=dict)
     seed: int = 0
     stack: bool = False
+    gate: str = DEFAULT_FORM
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values that `read_steps` reads; what chooses nothing is left out."""
@@ -57,6 +59,8 @@ class Step:
             del plain["kind"]
         if not self.stack:
             del plain["stack"]
+        if self.gate == DEFAULT_FORM:
+            del plain["gate"]
         return plain
 
     def checked(self) -> Step:
@@ -74,6 +78,7 @@ class Step:
             every=self.every,
             kind=self.kind,
             options=self.options,
+            gate=self.gate,
         )
         return replace(self, block=block, options=options)
 
@@ -114,8 +119,8 @@ def read_steps(values: Any, seed: int = 0, source: str = "the plan") -> tuple[St
     """Read a plan from plain values: a list of steps, or a mapping that has one as `plan`.
 
     A step is a mapping: `block`, and if wanted `at` (a pattern or several), `exclude`, `stage`,
-    `every`, `kind`, `placement`, `options`, `seed`, `stack`; or `path` in the place of
-    `at`, for one site.
+    `every`, `kind`, `placement`, `options`, `seed`, `stack`, `gate`; or `path` in the place
+    of `at`, for one site.
 
     Args:
         values: see above.
@@ -212,6 +217,7 @@ def plan_steps(model: nn.Module, inputs: tuple[Any, ...], steps: Iterable[Step])
             seed=step.seed,
             before=cuts,
             stack=step.stack,
+            gate=step.gate,
         )
         cuts += plan.cuts
         attended.update(dict.fromkeys(plan.attended))

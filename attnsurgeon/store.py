@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from attnsurgeon.arguments import typed
 from attnsurgeon.borrow import on_meta
 from attnsurgeon.builder import weights_on_meta
 from attnsurgeon.card import HostCard, card_of, give_card
@@ -48,6 +49,7 @@ KEY = "attnsurgeon"
 """The one metadata key; with two, their order in the file would be left to chance."""
 
 
+@typed
 def save_model(
     model: nn.Module,
     path: str | os.PathLike[str],
@@ -204,6 +206,7 @@ def read_recipe(path: str | os.PathLike[str]) -> Recipe:
     return Recipe.loads(metadata[KEY], repr(str(file)))
 
 
+@typed
 def load_model(path: str | os.PathLike[str], host: Given | None = None) -> nn.Module:
     """Return the operated network of a file, in eval mode.
 
@@ -254,7 +257,10 @@ def _unfit(error: AttnSurgeonError, source: str, plain: nn.Module | None) -> Att
     """Return what is wrong: the host that was given, or else the file."""
     if plain is not None:
         kind = type(plain).__name__
-        return HostUnusable(f"this {kind} is not the one that {source} was made from: {error}")
+        return HostUnusable(
+            f"this {kind}, given by --host or host=, is not the one that {source} was made from: "
+            f"{error}"
+        )
     if isinstance(error, CheckpointMismatch):
         return BadFile(f"the recipe of {source} does not fit its tensors: {error}")
     return BadFile(f"the recipe of {source} does not fit: {error}")

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from attnsurgeon import blocks
+from attnsurgeon.arguments import typed
 from attnsurgeon.blocks.block import AttentionBlock
 from attnsurgeon.borrow import borrowed_randomness
 from attnsurgeon.errors import (
@@ -21,6 +22,7 @@ from attnsurgeon.errors import (
     first_line,
     nearest,
 )
+from attnsurgeon.gate import give_form
 from attnsurgeon.plan import Cut, Plan
 from attnsurgeon.selection import as_patterns
 from attnsurgeon.wiring import splices, wire
@@ -73,6 +75,7 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
     model.__dict__["_attnsurgeon_cuts"] = (*before, *plan.cuts)
 
 
+@typed
 def remove_attention(model: nn.Module, at: str | Iterable[str] = "*") -> nn.Module:
     """Return a copy of the model without the attention at the matching sites.
 
@@ -134,6 +137,7 @@ def build_attention(model: nn.Module, cut: Cut) -> AttentionBlock:
     with borrowed_randomness(own_seed):
         try:
             attention = blocks.get(cut.block).build(cut.place, **cut.options)
+            give_form(attention, cut.gate)
         except AttnSurgeonError as error:
             raise type(error)(f"{cut.block} at {cut.path}: {error}") from None
         except RuntimeError as error:  # of torch: more memory than there is

@@ -119,6 +119,21 @@ class Tracks:
                     todo.append(parent)
         return reached, is_weighted
 
+    def sources_of(self, outputs: Iterable[int]) -> set[int] | None:
+        """Return all that was computed on the way to some tensors, or None if that is not sure.
+
+        Of what was written to a part of a tensor, only the last is known.
+        """
+        todo = list(outputs)
+        if not todo or self._written or any(end not in self._alive for end in todo):
+            return None
+        reached = set(todo)
+        while todo:
+            new = self._parents.get(todo.pop(), set()) - reached
+            reached |= new
+            todo += new
+        return reached
+
     def has_readers(self, tensor: Tensor, outputs: Iterable[int]) -> bool:
         """Tell whether any position of an NLC map is read, or only the tokens in front of them.
 

@@ -10,17 +10,20 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_leaves
 
+from attnsurgeon.arguments import typed
 from attnsurgeon.borrow import (
     borrowed_buffers,
     borrowed_modes,
     borrowed_numerics,
     borrowed_randomness,
 )
-from attnsurgeon.errors import HostUnusable, IdentityBroken, first_line
+from attnsurgeon.errors import BadOption, HostUnusable, IdentityBroken, first_line
 from attnsurgeon.liveness import Liveness, check_liveness, same
 from attnsurgeon.probes import Inputs, arguments_in, small_resizes, unfolded
 
 MODES = ("eval", "train")
+_MOST_TOLD = 8
+"""Sites that one line names."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +138,7 @@ def _how_far(a: Any, b: Any) -> str:
     return f" by up to {(a.double() - b.double()).abs().max().item():.3g}"
 
 
+@typed
 def verify_unchanged(before: nn.Module, after: nn.Module, inputs: Any) -> Verdict:
     """Compare two models on the same inputs in eval and in train mode, by torch.equal.
 
@@ -145,8 +149,14 @@ def verify_unchanged(before: nn.Module, after: nn.Module, inputs: Any) -> Verdic
         after: the operated one.
         inputs: a tensor, a tuple of positional inputs, or a list of either; several sizes and
             batch sizes see more.
+
+    Raises:
+        BadOption: an empty list.
+        HostUnusable: the untouched network does not run on them.
     """
     batches = inputs if isinstance(inputs, list) else [inputs]
+    if not batches:
+        raise BadOption("verify_unchanged has nothing to compare on: give it at least one input")
     return compare(record(before, [_as_tuple(batch) for batch in batches]), after)
 
 
@@ -183,10 +193,12 @@ def keep_promises(
     liveness = check_liveness(model, inputs[0])
     if liveness.dead:
         first = liveness.dead[0]
+        sites = list(dict.fromkeys(_site_of(gate) for gate in liveness.dead))
+        told = " ".join(map(repr, sites[:_MOST_TOLD])) + " ..." * (len(sites) > _MOST_TOLD)
         raise IdentityBroken(
             f"{len(liveness.dead)} of {liveness.gates} gates cannot learn, the first {first}: no "
             "gradient reaches it or opening it changes no output (is the branch it scales all "
-            f"zero?); nothing was kept; give --exclude {_site_of(first)!r} or another --placement"
+            f"zero?); nothing was kept; give --exclude {told} or another --placement"
         )
     return verdict, liveness
 

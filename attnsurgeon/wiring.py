@@ -84,12 +84,23 @@ def check_place(graph: fx.Graph, anatomy: Anatomy | None, splice: Splice) -> Non
     _edge(graph, anatomy, splice)
 
 
-def check_follows(module: nn.Module, splice: Splice) -> None:
+def check_follows(module: nn.Module, splice: Splice, *, whole: bool) -> None:
     """Refuse a module that runs all of its children in order, where attention cannot be one more.
 
+    Args:
+        module: that attention is to follow.
+        splice: how.
+        whole: whether nobody else asks it for its children.
+
     Raises:
-        PlacementUnavailable: it is a sequence on maps whose channels are not second.
+        PlacementUnavailable: it is a sequence on maps whose channels are not second, or one that
+            the network takes apart as well.
     """
+    if _is_sequence(module) and not whole:
+        raise PlacementUnavailable(
+            "it is a sequence whose modules the network counts, slices or runs one by one as "
+            "well; name its last module instead"
+        )
     if _is_sequence(module) and splice.layout in _TO_CHANNELS_SECOND:
         raise PlacementUnavailable(
             f"it is a sequence, and its map is {splice.layout}; name its last module instead"
@@ -184,22 +195,37 @@ def _forwards(block: nn.Module, wanted: tuple[Splice, ...]) -> dict[str, Callabl
     return {"_own_forward": renamed, "forward": _following_forward(own, after, block)}
 
 
+_CONTAINERS = {
+    nn.Sequential: ("__iter__", "__len__", "__getitem__"),
+    nn.ModuleList: ("__iter__", "__len__", "__getitem__"),
+    nn.ModuleDict: ("__iter__", "__len__", "__getitem__", "keys", "values", "items"),
+}
+"""What a forward walks its own children by."""
+
+
 def _without_attention(block: nn.Module) -> dict[str, Callable[..., Any]]:
     """Return the methods that hide attention from a container whose forward walks its children."""
-    if not isinstance(block, nn.ModuleDict):
-        return {}
+    if _is_sequence(block):
+        return {}  # attention is one more of the children that it runs
+    host = own_class(block)
 
-    def hosts(self: nn.ModuleDict) -> dict[str, nn.Module]:
-        wired = {splice.child for splice in splices(self)}
-        return {k: m for k, m in self._modules.items() if k not in wired and m is not None}
+    def hiding(name: str) -> Callable[..., Any]:
+        def method(self: nn.Module, *args: Any) -> Any:
+            return getattr(_as_written(self, host), name)(*args)
 
-    return {
-        "items": lambda self: hosts(self).items(),
-        "keys": lambda self: hosts(self).keys(),
-        "values": lambda self: hosts(self).values(),
-        "__iter__": lambda self: iter(hosts(self)),
-        "__len__": lambda self: len(hosts(self)),
-    }
+        return method
+
+    kinds = [kind for kind in _CONTAINERS if isinstance(block, kind)]
+    return {name: hiding(name) for kind in kinds for name in _CONTAINERS[kind]}
+
+
+def _as_written(block: nn.Module, host: type[nn.Module]) -> nn.Module:
+    """Return a container as its author wrote it, with the children that it had."""
+    wired = {splice.child for splice in splices(block)}
+    bare = host.__new__(host)
+    children = {name: child for name, child in block._modules.items() if name not in wired}
+    bare.__dict__ = {**block.__dict__, "_modules": children}
+    return bare
 
 
 def _following_forward(

@@ -290,7 +290,8 @@ def run(options: argparse.Namespace) -> None:
                 writer.add_scalar("loss", loss, trainer.epoch)
                 writer.add_scalar("accuracy", accuracy, trainer.epoch)
                 for path, gate in attnsurgeon.gates(trainer.model).items():
-                    writer.add_scalar(f"gates/{path}", gate.item(), trainer.epoch)
+                    furthest = gate.flatten()[gate.abs().argmax()].item()
+                    writer.add_scalar(f"gates/{path}", furthest, trainer.epoch)
             if first:
                 progress.print(f"{name}: loss {loss:.4f}, accuracy {accuracy:.4f}")
                 trainer.save(options.output)

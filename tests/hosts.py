@@ -3,9 +3,9 @@
 import functools
 
 import torch
-import torchvision
 
 from attnsurgeon import blocks
+from attnsurgeon.host import load_host
 from attnsurgeon.sites import find_sites
 
 NAMES = (
@@ -23,7 +23,7 @@ NAMES = (
 def host(name):
     """Return the same random network each time; nothing may change it."""
     torch.manual_seed(0)
-    return torchvision.models.get_model(name, weights=None).eval()
+    return load_host(name, weights="none").eval()
 
 
 @functools.cache

@@ -78,7 +78,7 @@ def context(pool, x):
 
 
 def gc(block, x):
-    """Equation 6 of arXiv:1904.11492."""
+    """The global context block of arXiv:1904.11492."""
     first, norm, _, last = block.fuse[0].transform
     hidden = dense(first, context(block.pool, x))
     hidden = F.layer_norm(hidden, hidden.shape[1:], norm.weight.view(-1), norm.bias.view(-1))
@@ -86,7 +86,7 @@ def gc(block, x):
 
 
 def snl(block, x):
-    """Equation 3 of arXiv:1904.11492."""
+    """The simplified non-local block of arXiv:1904.11492, Wv taken out of the sum."""
     return x + spread(dense(block.transform, context(block.pool, x)))
 
 
@@ -149,7 +149,7 @@ def bam(block, x, form="paper"):
 
 
 def scse(block, x, fusion="add"):
-    """Equations 1 to 3 of arXiv:1803.02579 and their sum; the maximum in arXiv:1808.08127."""
+    """Section 2 of arXiv:1803.02579: both halves and their sum; the maximum in arXiv:1808.08127."""
     first, _, last, _ = block.channel
     channel = x * spread(torch.sigmoid(dense(last, F.relu(dense(first, x.mean((2, 3)))))))
     spatial = x * torch.sigmoid(pixelwise(block.spatial[0], x))

@@ -13,7 +13,8 @@ ROOT = PACKAGE.parent
 
 FLOORS = [
     {"errors", "digits"},
-    {"registry", "gate", "borrow", "outputs", "schema", "tracks", "observation"},
+    {"arguments"},
+    {"registry", "gate", "borrow", "outputs", "schema", "tracks", "observation", "walks"},
     {"blocks"},
     {"anatomy", "card", "network", "cost", "trial", "unwrapping"},
     {"observe", "wiring", "checkpoint", "probes", "inputs"},

@@ -1,5 +1,7 @@
 """Engines: each runs what it says it runs, or fails."""
 
+import dataclasses
+
 import onnxruntime
 import pytest
 import torch
@@ -64,6 +66,34 @@ class TestExportedFiles:
             request = check_request(("torchscript",), "cpu", (1,), 1, 1.0, None)
             notes = environment.describe(request, [target], [], "")["notes"]
             assert any("gates, if it has any, as they are" in note for note in notes) != is_open
+
+    def test_gates_of_our_own_onnx_file_are_opened(self, tmp_path):
+        operated = attnsurgeon.insert_attention(Residual(), "se", example=IMAGE)
+        path = tmp_path / "own.onnx"
+        attnsurgeon.export_model(operated, path)
+        before = path.read_bytes()
+        (target,) = targets.read_targets([path])
+        assert target.is_opened
+        assert len(target.patches) == len(attnsurgeon.gates(operated)) > 0
+        place = engines.engine.Place(torch.device("cpu"), threads=1, folder=tmp_path)
+        targets._open(attnsurgeon.gates(operated).values())
+        closed = dataclasses.replace(target, patches=())
+        found, shut = (
+            onnx_runtime.run_onnxruntime(each, (IMAGE,), place).first()[0]
+            for each in (target, closed)
+        )
+        with torch.no_grad():
+            wanted = operated.eval()(IMAGE)
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
+        assert not torch.allclose(shut, wanted, rtol=1e-3, atol=1e-4)
+        assert path.read_bytes() == before
+
+    def test_a_file_of_another_author_keeps_its_gates(self, tmp_path):
+        operated = attnsurgeon.insert_attention(Residual(), "se", example=IMAGE)
+        write_onnx(operated.eval(), (torch.cat([IMAGE, IMAGE]),), tmp_path / "other.onnx")
+        (target,) = targets.read_targets([tmp_path / "other.onnx"])
+        assert not target.is_opened
+        assert target.patches == ()
 
     def test_a_network_against_its_export(self, tiny_onnx):
         report = compare_speed([tiny_onnx, Tiny()], engines=("onnxruntime",), **QUICK)

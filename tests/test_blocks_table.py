@@ -49,4 +49,4 @@ def test_the_table_shows_all_of_it(run):
 
 def test_the_keys_stay():
     keys = {"name", "title", "paper", "formula", "parameters", "gates", "layouts", "placements"}
-    assert all(keys | {"options"} <= entry.keys() for entry in ENTRIES.values())
+    assert all(keys | {"forms", "options"} <= entry.keys() for entry in ENTRIES.values())

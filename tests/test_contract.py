@@ -8,14 +8,15 @@ import torch
 
 import attnsurgeon
 from attnsurgeon import blocks
-from attnsurgeon.errors import IdentityBroken, PlacementUnavailable
+from attnsurgeon.errors import BadOption, IdentityBroken, PlacementUnavailable
+from attnsurgeon.gate import DEFAULT_FORM, FORMS, gate_numbers
 from attnsurgeon.operation import certificate_of, operate
 from attnsurgeon.plan import Plan, make_plan
 from attnsurgeon.sites import PLACEMENTS
 from attnsurgeon.store import load_model, save_model
 from attnsurgeon.surgery import apply_plan, attention_paths, cuts_of, is_new_key
 from attnsurgeon.verify import verify_unchanged
-from tests import hosts
+from tests import exports, hosts
 
 EXAMPLE = torch.zeros(1, 3, 64, 64)
 BATCHES = [hosts.image(2), hosts.image(3, (96, 64))]
@@ -148,6 +149,42 @@ def hold_to_the_contract(host, before, operated, tmp_path):
     assert list(bare.state_dict()) == list(before)
     assert [type(m) for m in bare.modules()] == [type(m) for m in host.modules()]
     assert computes_the_same(host, bare)
+
+
+OPTIONS = {"ge": {"mlp": True}, "gc": {"reduction": 4}}
+"""For a last layer, and for one that reads more than one unit, which its norm would silence."""
+REFUSED = {
+    "centred": {"bam", "gc", "nonlocal", "scse", "sk", "snl"},
+    "layer": {"bam", "simam", "sk"},
+}
+
+
+@pytest.mark.parametrize("block", blocks.names())
+@pytest.mark.parametrize("form", [form for form in FORMS if form != DEFAULT_FORM])
+def test_contract_of_the_forms(form, block, tmp_path):
+    """Hold every form of gate at every block to the same promises, in a tiny network."""
+    torch.manual_seed(0)
+    host, wanted = exports.Tiny().eval(), {"at": "blocks.1", "gate": form, "example": EXAMPLE}
+    if block in REFUSED[form]:
+        with pytest.raises(BadOption, match=rf"^{block}: gate '{form}' needs .* it takes mix"):
+            attnsurgeon.insert_attention(host, block, **wanted)
+        return
+    operated = attnsurgeon.insert_attention(host, block, **wanted, **OPTIONS.get(block, {}))
+    assert verify_unchanged(host, operated, BATCHES[1]).exact
+    certificate = certificate_of(operated)
+    assert certificate.live == certificate.gates > 0
+    numbers = attnsurgeon.gates(operated).keys() == gate_numbers(operated).keys()
+    assert numbers == (form != "layer")
+    assert not any(gate.any() for gate in attnsurgeon.gates(operated).values())
+
+    opened = copy.deepcopy(operated)
+    open_gates(opened)
+    assert not computes_the_same(host, opened)
+    save_model(opened, tmp_path / "operated.safetensors")
+    loaded = load_model(tmp_path / "operated.safetensors", host=exports.Tiny)
+    assert [cut.gate for cut in cuts_of(loaded)] == [form]
+    assert computes_the_same(opened, loaded)
+    assert computes_the_same(host, attnsurgeon.remove_attention(loaded))
 
 
 def test_the_cases_are_not_empty():

@@ -5,8 +5,11 @@ import json
 import pytest
 import torch
 
+import attnsurgeon
 from attnsurgeon import demo, digits
+from attnsurgeon.borrow import borrowed_randomness
 from attnsurgeon.host import load_host
+from attnsurgeon.store import load_model
 
 
 @pytest.fixture
@@ -48,9 +51,27 @@ def test_the_demo(tmp_path, monkeypatch, run, short_bench):
     assert [c["engine"] for c in told["comparisons"]] == ["eager", "onnxruntime"]
     folder = tmp_path / "attnsurgeon-demo"
     names = {"digits_cbam.safetensors", "digits_cbam.onnx", "digits_cbam.pt", "bench.json"}
+    names.add("digits_cbam_trained.safetensors")
     assert {path.name for path in folder.iterdir()} == names
     assert {tmp_path / file for file in told["files"]} == set(folder.iterdir())
     assert told["accuracy"].keys() == {"before", "after", "digits_cbam.onnx", "digits_cbam.pt"}
+    hold_to_the_lesson(told["training"], tmp_path)
+
+
+def hold_to_the_lesson(lesson, folder):
+    """It learnt, its gates opened, and the accuracies are of digits that it did not see."""
+    images, labels = digits.held_out()
+    assert lesson["images"] + lesson["tested_on"] == len(labels) == 450
+    assert lesson["accuracy"]["after"] > lesson["accuracy"]["before"] + 0.2
+    trained = load_model(folder / lesson["file"])
+    gates = {path: gate.item() for path, gate in attnsurgeon.gates(trained).items()}
+    assert gates == lesson["gates"]
+    assert all(gates.values())
+    noisy = images[lesson["images"] :]
+    with borrowed_randomness(0), torch.no_grad():
+        right = trained(noisy + lesson["noise"] * torch.randn_like(noisy)).argmax(1)
+    after = (right == labels[lesson["images"] :]).double().mean().item()
+    assert after == pytest.approx(lesson["accuracy"]["after"])
 
 
 def test_the_demo_writes_over_nothing(tmp_path, run, short_bench):

@@ -5,7 +5,6 @@ import re
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
-from torchvision.models import get_model_builder
 
 from attnsurgeon import blocks, survey
 from attnsurgeon.borrow import borrowed_buffers
@@ -23,29 +22,27 @@ ROWS = survey.shipped_rows()
 NAMES = sorted(set(host_names()) - {DIGITS})
 
 
-def _family(name):
-    """Return what networks of one design share: the file that builds them, and kinds of sites."""
-    return survey.task_of(name), get_model_builder(name).__module__, *sorted(ROWS[name].sites)
-
-
-def _smallest_of_each():
-    by_size = sorted(NAMES, key=lambda name: -ROWS[name].parameters)
-    return sorted({_family(name): name for name in by_size}.values())
-
-
-SLOW = re.compile("mvit|s3d|keypoint|ssd300|quantized_(inception|googlenet)")
-"""Those that take nothing but a full clip, run Python for each box, or repeat another design."""
-SMALLEST = [name for name in _smallest_of_each() if not SLOW.match(name)]
-"""One network of each design. The others are for tests/benchmarks/every_host.py: all of them take
-half an hour."""
-OTHERS = sorted(set(NAMES) - set(SMALLEST))
+LARGEST = sorted(NAMES, key=lambda name: ROWS[name].parameters)[-6:]
+SLOW = re.compile("mvit|s3d|ssd300")
+"""Those that take nothing but a full clip, or choose among thousands of boxes."""
+LARGE = sorted({*LARGEST, *filter(SLOW.match, NAMES)})
+"""Left to `pytest -m large` and to tests/benchmarks/every_host.py."""
 WANTED = (("se", "post"), ("se", "standard"), ("gc", "standard"))
 
 # Arguments that make a network smaller, or its building faster, without changing its wiring.
 SMALLER = {
+    r"vit_h_14": {"image_size": 56},
     r"vit_": {"image_size": 64},
     r"googlenet|inception_v3": {"init_weights": False},
-    r"(faster|mask|keypoint)rcnn": {"box_detections_per_img": 5, "box_score_thresh": 0.0},
+    r"(faster|mask|keypoint)rcnn": {
+        "box_detections_per_img": 5,
+        "box_score_thresh": 0.0,
+        "box_batch_size_per_image": 16,
+        "rpn_pre_nms_top_n_train": 100,
+        "rpn_pre_nms_top_n_test": 100,
+        "rpn_post_nms_top_n_train": 20,
+        "rpn_post_nms_top_n_test": 20,
+    },
     r"retinanet|fcos|ssd": {"detections_per_img": 5, "score_thresh": 0.0},
 }
 """Without thresholds, so that an untrained detector finds boxes, which can then be compared."""
@@ -128,8 +125,10 @@ def live_gates(model, inputs):
     return live
 
 
-@pytest.mark.parametrize("name", SMALLEST)
-def test_every_site_of_every_design(name):
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.large] * (n in LARGE)) for n in NAMES]
+)
+def test_every_site_of_every_network(name):
     operate_everywhere(name)
 
 

@@ -330,6 +330,14 @@ class TestProgram:
         fixed = format_for("x.pt2").open(tmp_path / "x.pt2").fixed_axes
         assert fixed == ("x.batch", "x.height", "x.width")
 
+    def test_a_block_in_two_places_has_its_gate_under_both_names(self, tmp_path):
+        host = exports.Tiny().eval()
+        host.blocks[2] = host.blocks[0]
+        inserted = attnsurgeon.insert_attention(host, "se", example=exports.EXAMPLE, reduction=4)
+        artifact = attnsurgeon.export_model(inserted, tmp_path / "x.pt2", example=exports.EXAMPLE)
+        assert {check.gates for check in artifact.checks if check.passed} == {"closed", "open"}
+        assert not any(gate.any() for gate in attnsurgeon.gates(inserted).values())
+
     def test_no_program(self, tmp_path):
         (tmp_path / "x.pt2").write_bytes(b"no zip file")
         with pytest.raises(BadFile, match=r"x\.pt2 is no program"):

@@ -191,7 +191,7 @@ class TestGates:
         assert told.keys() == {"file", "images", "chart", "sites"}
         assert told["images"] == {"source": "64 held-out digits", "count": 64}
         assert told["sites"][0].keys() == {
-            *("path", "block", "placement", "gates", "openness", "sign"),
+            *("path", "block", "placement", "gates", "form", "openness", "sign"),
             *("variation", "change", "top1_changed"),
         }
         assert told["sites"][1]["gates"] == {"fuse.0.gate": pytest.approx(-0.4)}

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
+from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
 
@@ -110,6 +112,14 @@ NET = """
     def pair():
         return TinyNet(), 224
 
+    async def later():
+        return TinyNet()
+
+    def smooth():
+        import timm  # beside its registry, which has no such network
+
+        return timm.create_model("test_resnet", act_layer=nn.SiLU)
+
     ready = TinyNet()
     table = {}
 """
@@ -171,6 +181,24 @@ class TestEndToEnd:
         both = attnsurgeon.load_model("net_se_gc.safetensors", host="net.py:build")
         assert len(attnsurgeon.gates(both)) == 4
         assert not list(net.rglob("*.pyc"))
+
+    @pytest.mark.parametrize("factory", ["build", "smooth"])
+    def test_named_again_after_training(self, run, net, refused, factory):
+        host = f"net.py:{factory}"
+        args = ("insert", host, *INPUT, "--block", "se", "--every", "2", "-o", "x.safetensors")
+        assert run(*args).code == 0
+        Image.new("RGB", (40, 40), (200, 30, 90)).save("a.png")
+        for words in (
+            ("gates", "x.safetensors", "--json"),
+            ("show", "x.safetensors", "a.png", "-o", "page.html", "--json"),
+            ("remove", "x.safetensors", "-o", "plain.safetensors", "--json"),
+        ):
+            refused(*words, says=[f"--host path/to/{host}"])
+            refused(*words, "--host", "net.py:biuld", says=["--host net.py:biuld: no factory"])
+            outcome = run(*words, "--host", host)
+            assert outcome.code == 0, outcome.err
+            assert json.loads(outcome.out)
+        assert load_file("plain.safetensors").keys() == load_host(host).state_dict().keys()
 
     def test_the_name_of_a_module(self, run, net, monkeypatch):
         (net / "own_package").mkdir()
@@ -241,7 +269,9 @@ class TestRecipe:
     @pytest.mark.parametrize(
         ("host", "says"),
         [
-            ("net.py:other", "made from TinyNet, not from Sequential"),
+            ("net.py:other", "--host net.py:other: .* made from TinyNet, not from Sequential"),
+            ("resnet1", "--host resnet1: no model is called 'resnet1'; did you mean 'resnet"),
+            ("made.safetensors", "--host made.safetensors: no model is called"),
             ("resnet18", "resnet18 cannot be built with width=4"),
             ("net.py:fixed", r"fixed\(\) cannot be called: .*'width'"),
             ("net.py:ready", "takes no --model-arg"),
@@ -318,6 +348,18 @@ class TestRecipe:
         assert run("verify", "x.safetensors").code == 0
         with pytest.raises(HostUnusable, match="of another shape"):  # it is made with 3 classes
             attnsurgeon.load_model("x.safetensors", host="mine.py:build")
+
+    def test_a_registered_network_with_other_arguments_is_ones_own(self, folder):
+        def build():
+            return torchvision.models.mobilenet_v3_small(weights=None, reduced_tail=True)
+
+        where = {"at": "features.4", "example": torch.zeros(1, 3, 64, 64)}
+        operated = attnsurgeon.insert_attention(build().eval(), "se", **where)
+        attnsurgeon.save_model(operated, "x.safetensors")
+        says = r"own MobileNetV3 \(arguments of its own.*--host FILE.py:NAME of what builds it so"
+        with pytest.raises(HostUnusable, match=says):
+            attnsurgeon.load_model("x.safetensors")
+        assert attnsurgeon.gates(attnsurgeon.load_model("x.safetensors", host=build))
 
     def test_a_host_is_for_files(self, net, refused):
         refused(*INSERT, "--host", "net.py:build", says=["--host", "net.py:build names one"])
@@ -398,6 +440,7 @@ class TestFactories:
             ("leaves", ["net.py:leaves() raised SystemExit: 3"]),
             ("number", ["returned int, no torch.nn.Module"]),
             ("pair", ["returned tuple, no torch.nn.Module"]),
+            ("later", ["net.py:later is async", "without async"]),
             ("needs", ["needs(width, depth)", "'width'", "--model-arg NAME=VALUE"]),
             ("table", ["is dict, nothing that makes a network"]),
             ("biuld", ["'biuld'", "did you mean 'build'?"]),

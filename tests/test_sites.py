@@ -12,13 +12,12 @@ from torch import nn
 import attnsurgeon
 from attnsurgeon.errors import (
     HostUnusable,
-    IdentityBroken,
     NoSites,
     PatternUnmatched,
     PlacementUnavailable,
     UnknownName,
 )
-from attnsurgeon.host import load_host
+from attnsurgeon.host import load_host, load_outline
 from attnsurgeon.plan import make_plan
 from attnsurgeon.selection import select_sites
 from attnsurgeon.sites import find_sites
@@ -252,6 +251,10 @@ def test_every_residual_addition_of_torchvisions_class_is_a_site():
 
 class TestOtherKinds:
     """Merges, plain blocks, named layers; tokens, channels last, clips."""
+
+    def test_a_size_that_only_an_argument_tells(self):
+        vit = load_outline("vit_b_32", arguments={"image_size": 288, "num_classes": 10})
+        assert find_sites(vit)[0].shape == (1, 1 + 9 * 9, 768)
 
     def test_a_sequence_of_tokens(self):
         vit = load_host("vit_b_16", weights="none", arguments={"image_size": 32})
@@ -624,7 +627,7 @@ def test_a_block_that_changes_its_input_in_place_is_refused():
 
 
 def test_a_network_that_walks_a_sequence_is_refused_there():
-    with pytest.raises(IdentityBroken, match="fails where its host runs"):
+    with pytest.raises(PlacementUnavailable, match=r"runs one by one .* its last module instead"):
         attnsurgeon.insert_attention(Walking(), "se", at="trunk", example=EXAMPLE)
 
 

@@ -91,6 +91,14 @@ def cached():
     return [name for name in contents(Path(os.environ["TORCH_HOME"])) if "." in name]
 
 
+@pytest.mark.parametrize("weights", ["DEFAULT", "IMAGENET1K_FBGEMM_V1"])
+def test_quantized_ones_are_refused_before_they_are_fetched(run, refused, weights):
+    args = ("insert", "quantized_resnet18", "--block", "se", "--dry-run", "--weights", weights)
+    says = ["IMAGENET1K_FBGEMM_V1 of quantized_resnet18", "take resnet18", "--checkpoint FILE"]
+    refused(*args, says=says, at_once=True)
+    assert run("sites", "quantized_resnet18").code == 0
+
+
 class TestFetched:
     @pytest.mark.parametrize(
         "flag", [(), ("--weights", "IMAGENET1K_V1"), ("--weights", str(ENTRY))]

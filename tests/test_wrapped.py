@@ -207,6 +207,12 @@ class TestRefused:
         healed = healed if type(healed) is type(resnet()) else model
         assert torch.equal(insert(healed)(IMAGE), healed(IMAGE))
 
+    @pytest.mark.parametrize("call", [insert, find_sites, lambda m: attnsurgeon.compare_speed([m])])
+    def test_in_inference_mode(self, call):
+        says = r"torch.inference_mode\(\) is on, .*outside of it"
+        with torch.inference_mode(), pytest.raises(HostUnusable, match=says):
+            call(resnet())
+
     @pytest.mark.usefixtures("alone")
     def test_fully_sharded(self):
         from torch.distributed.fsdp import fully_shard

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from attnsurgeon.arguments import typed
 from attnsurgeon.bench.cost import check_axes, check_comparable, count_cost
 from attnsurgeon.bench.engines import Place
 from attnsurgeon.bench.environment import describe
@@ -28,6 +29,7 @@ from attnsurgeon.bench.results import Report
 from attnsurgeon.bench.targets import Target, read_targets
 from attnsurgeon.borrow import borrowed_randomness
 from attnsurgeon.errors import BadOption
+from attnsurgeon.network import check_mode
 
 Progress = Callable[[str, float], None]
 
@@ -40,6 +42,7 @@ class BenchInterrupted(KeyboardInterrupt):
         self.report = report
 
 
+@typed
 def compare_speed(
     targets: Sequence[str | os.PathLike[str] | nn.Module],
     *,
@@ -90,7 +93,7 @@ def compare_speed(
         UnknownName: no such model, engine or precision.
         BadOption: a number out of range, targets that cannot be compared, or no batch that fits.
         BadFile: a file that is not what it should be.
-        HostUnusable: a target does not run on the input.
+        HostUnusable: a target does not run on the input, or torch.inference_mode() is on.
         EngineUnavailable: an engine or device that is not there, or fell back.
         ExportRefused: a target that cannot be translated for the engine.
         BenchInterrupted: a KeyboardInterrupt, with what was measured before it.
@@ -101,6 +104,7 @@ def compare_speed(
         >>> report.runs[0].median_ms > 0
         True
     """
+    check_mode()
     request = check_request(
         engines, device, batches, threads, seconds, input_size, precisions,
         channels_last=channels_last, train=train, per_site=per_site, profile=profile,

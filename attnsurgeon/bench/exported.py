@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attnsurgeon.errors import BadFile, HostUnusable, first_line
+from attnsurgeon.export.onnx_file import Patch, patched, read_file
 from attnsurgeon.export.torchscript import load_torchscript
 
 Fixed = tuple[int | None, ...]
@@ -26,6 +27,9 @@ RECIPE_KEY = "attnsurgeon"
 GATE_NAME = "openness"
 """Last part of the name of a gate's number, which scripts and traces keep."""
 
+GATES_KEY = "gates"
+"""Metadata that export_model writes where gates are layers: the names of their tensors as JSON."""
+
 DEFAULT_SIZE = (224, 224)
 _DTYPES = {
     "tensor(float)": torch.float32,
@@ -38,11 +42,19 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class OnnxFile:
-    """Inputs of an .onnx file for one image, the axes it fixes, and whether it told its size."""
+    """What an .onnx file takes, and where its gates are.
+
+    Attributes:
+        example: its inputs for one image.
+        fixed: for each of them, the axes that the file fixes.
+        is_sized: whether it told its height and width.
+        gates: name of each gate -> its values.
+    """
 
     example: tuple[Tensor, ...]
     fixed: tuple[Fixed, ...]
     is_sized: bool
+    gates: Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -52,7 +64,7 @@ class ScriptFile:
     module: torch.jit.ScriptModule
     example: tuple[Tensor, ...]
     is_sized: bool
-    gates: tuple[Tensor, ...]
+    gates: Mapping[str, Tensor]
 
 
 def session_for(
@@ -64,6 +76,7 @@ def session_for(
     allow_tf32: bool = False,
     is_optimised: bool = True,
     profile_to: Path | None = None,
+    patches: Sequence[Patch] = (),
 ) -> Any:
     """Open an .onnx file in ONNX Runtime.
 
@@ -75,6 +88,7 @@ def session_for(
         allow_tf32: whether float32 products may be rounded to TF32 on CUDA.
         is_optimised: whether its graph is rewritten for speed.
         profile_to: beginning of the name of a file for ONNX Runtime's own profile.
+        patches: other bytes for places in the file, which stays as it is on the disk.
 
     Raises:
         BadFile: it is no ONNX file, or one that the installed runtime cannot read.
@@ -93,11 +107,17 @@ def session_for(
     if profile_to is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile_to)
+    if patches:  # bytes do not know where the file's outer data lies
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", str(path.resolve().parent)
+        )
     if not is_optimised:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return onnxruntime.InferenceSession(
-            str(path), options, providers=_providers(provider, device, allow_tf32)
+            patched(path, patches) if patches else str(path),
+            options,
+            providers=_providers(provider, device, allow_tf32),
         )
     except Exception as error:
         if not is_of_onnxruntime(error):
@@ -140,7 +160,21 @@ def read_onnx(path: Path) -> OnnxFile:
         example.append(torch.zeros(shape, dtype=_DTYPES[node.type]))
         fixed.append(axes)
         is_sized = is_sized and (told is not None or None not in axes[1:])
-    return OnnxFile(tuple(example), tuple(fixed), is_sized)
+    return OnnxFile(tuple(example), tuple(fixed), is_sized, _gates_in(path))
+
+
+def _gates_in(path: Path) -> dict[str, Tensor]:
+    """Return the gates that export_model left in the file by name."""
+    file = read_file(path)
+    # Names mean nothing in a file that is not of export_model: it has another author.
+    if RECIPE_KEY not in file.notes:
+        return {}
+    layers = _read_names(file.notes.get(GATES_KEY, ""))
+    return {
+        name: file.values(name)
+        for name in file.spots
+        if name.rpartition(".")[2] == GATE_NAME or name in layers
+    }
 
 
 def _one_image(axes: Fixed, size: tuple[int, int]) -> tuple[int, ...] | None:
@@ -160,17 +194,18 @@ def read_torchscript(path: Path) -> ScriptFile:
     Raises:
         BadFile: it is not TorchScript.
     """
-    module, notes = load_torchscript(path, [SIZE_KEY, RECIPE_KEY])
+    module, notes = load_torchscript(path, [SIZE_KEY, RECIPE_KEY, GATES_KEY])
     told = _read_size(notes[SIZE_KEY])
     channels, dtype = _entrance(list(module.parameters()))
     example = torch.zeros(1, channels, *(told or DEFAULT_SIZE), dtype=dtype)
     # Names mean nothing in a file that is not of export_model: it has another author.
-    gates = [
-        parameter
+    layers = _read_names(notes[GATES_KEY])
+    gates = {
+        name: parameter
         for name, parameter in module.named_parameters()
-        if notes[RECIPE_KEY] and name.rpartition(".")[2] == GATE_NAME
-    ]
-    return ScriptFile(module, (example,), told is not None, tuple(gates))
+        if notes[RECIPE_KEY] and (name.rpartition(".")[2] == GATE_NAME or name in layers)
+    }
+    return ScriptFile(module, (example,), told is not None, gates)
 
 
 def _entrance(parameters: Sequence[Tensor]) -> tuple[int, torch.dtype]:
@@ -178,6 +213,14 @@ def _entrance(parameters: Sequence[Tensor]) -> tuple[int, torch.dtype]:
         if parameter.ndim == 4:
             return parameter.shape[1], parameter.dtype
     return 3, torch.float32
+
+
+def _read_names(text: str) -> list[str]:
+    try:
+        names = json.loads(text)
+    except ValueError:
+        return []
+    return names if isinstance(names, list) else []
 
 
 def _read_size(text: str) -> tuple[int, int] | None:

@@ -13,7 +13,6 @@ from torch.utils._pytree import tree_leaves
 
 from attnsurgeon.bench.doubts import folded_doubt
 from attnsurgeon.bench.engines import Engine, Place
-from attnsurgeon.bench.exported import GATE_NAME
 from attnsurgeon.bench.inputs import cast_inputs
 from attnsurgeon.bench.memory import Peak, is_out_of_memory
 from attnsurgeon.bench.targets import Inputs, Target
@@ -109,7 +108,8 @@ def gates_doubt(target: Target, inputs: Inputs, found: Sequence[Tensor]) -> str 
     """
     if target.model is None or not target.is_opened:
         return None
-    gates = [p for n, p in target.model.named_parameters() if n.rpartition(".")[2] == GATE_NAME]
+    held = dict(target.model.named_parameters())
+    gates = [held[name] for name in target.gates if name in held]
     if not gates:
         return None
     batch = _batch_of(inputs)

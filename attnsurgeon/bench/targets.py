@@ -18,9 +18,10 @@ from attnsurgeon.bench.exported import Fixed, read_onnx, read_torchscript
 from attnsurgeon.borrow import borrowed_randomness
 from attnsurgeon.card import card_of
 from attnsurgeon.checkpoint import check_readable
-from attnsurgeon.errors import BadFile, MissingPackage, UnknownName
+from attnsurgeon.errors import BadFile
 from attnsurgeon.example import as_inputs
-from attnsurgeon.gate import named_gates
+from attnsurgeon.export.onnx_file import Patch, read_file
+from attnsurgeon.gate import named_gates, opened
 from attnsurgeon.host import host_names, load_host
 from attnsurgeon.store import load_model, load_plain
 from attnsurgeon.surgery import cuts_of, remove_attention
@@ -30,8 +31,6 @@ GATES = (0.25, 0.75)
 
 SCRIPT_ENGINES = ("torchscript", "torchscript-frozen")
 ONNX_ENGINES = ("onnxruntime", "onnxruntime-tensorrt")
-TIMM = "timm:"
-"""Before a name of timm's."""
 
 Inputs = tuple[Any, ...]
 
@@ -49,8 +48,9 @@ class Target:
         only: the engines that can run it, where not all can.
         fixed: for each input of an .onnx file, the axes that it fixes.
         is_sized: whether the example's height and width are known, not guessed.
-        is_opened: whether its gates, if it has any, were opened; an .onnx file has them folded
-            into its constants.
+        is_opened: whether its gates, if it has any, were opened.
+        gates: the names of the parameters that were opened.
+        patches: bytes of an .onnx file that open its gates.
         read_s: how long it took to read or build.
     """
 
@@ -63,6 +63,8 @@ class Target:
     fixed: tuple[Fixed, ...] = ()
     is_sized: bool = True
     is_opened: bool = True
+    gates: tuple[str, ...] = ()
+    patches: tuple[Patch, ...] = ()
     read_s: float = 0.0
 
     @property
@@ -128,43 +130,20 @@ def _read_kind(thing: str | os.PathLike[str] | nn.Module, example: Any) -> Targe
             f"{name!r} cannot be timed: a target is a .safetensors file of attnsurgeon, an .onnx "
             "file, a TorchScript .pt file or a model's name"
         )
-    if name.startswith(TIMM):
-        return _from_timm(name)
     with borrowed_randomness(0):
         model = load_host(name, weights="none")
     return Target(name, _own_example(model), "random", model=model)
 
 
-def _from_timm(name: str) -> Target:
-    """Build a network of timm with random weights.
-
-    Raises:
-        MissingPackage: timm is not installed.
-        UnknownName: it has no such model.
-    """
-    try:
-        import timm
-    except ImportError as error:
-        raise MissingPackage(
-            f"{name} is a network of timm, which is not installed: pip install timm"
-        ) from error
-    wanted = name.removeprefix(TIMM)
-    if not timm.is_model(wanted):
-        raise UnknownName("timm model", wanted, timm.list_models())
-    with borrowed_randomness(0):
-        model = timm.create_model(wanted, pretrained=False).eval()
-    card: Any = model.pretrained_cfg
-    shape = card.get("input_size", (3, 224, 224))
-    return Target(name, (torch.zeros(1, *shape),), "random", model=model)
-
-
 def _from_safetensors(name: str, path: Path) -> Target:
     model = _opened(load_model(path))
-    return Target(name, _own_example(model), "file", model=model, file=path)
+    gates = tuple(named_gates(model))
+    return Target(name, _own_example(model), "file", model=model, file=path, gates=gates)
 
 
 def _from_onnx(name: str, path: Path) -> Target:
     read = read_onnx(path)
+    _open(read.gates.values())
     return Target(
         name,
         read.example,
@@ -173,13 +152,14 @@ def _from_onnx(name: str, path: Path) -> Target:
         only=ONNX_ENGINES,
         fixed=read.fixed,
         is_sized=read.is_sized,
-        is_opened=False,
+        is_opened=bool(read.gates),
+        patches=tuple(read_file(path).patches(read.gates)),
     )
 
 
 def _from_torchscript(name: str, path: Path) -> Target:
     read = read_torchscript(path)
-    _open(read.gates)
+    _open(read.gates.values())
     return Target(
         name,
         read.example,
@@ -189,6 +169,7 @@ def _from_torchscript(name: str, path: Path) -> Target:
         only=SCRIPT_ENGINES,
         is_sized=read.is_sized,
         is_opened=bool(read.gates),
+        gates=tuple(read.gates),
     )
 
 
@@ -209,6 +190,7 @@ def _from_module(module: nn.Module, example: Any) -> Target:
         model=own,
         only=SCRIPT_ENGINES if is_script else (),
         is_opened=not is_script,
+        gates=() if is_script else tuple(named_gates(own)),
     )
 
 
@@ -231,4 +213,4 @@ def _open(gates: Iterable[Tensor]) -> None:
     low, high = GATES
     with torch.no_grad(), borrowed_randomness(0):
         for gate in gates:
-            gate.copy_(low + (high - low) * torch.rand(gate.shape))
+            gate.copy_(opened(gate, low, high))

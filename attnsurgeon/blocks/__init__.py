@@ -9,11 +9,14 @@ import typing
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
+import torch
+
 from attnsurgeon.blocks import own
-from attnsurgeon.blocks.block import AttentionBlock, Place
+from attnsurgeon.blocks.block import DIMS, AttentionBlock, Place
 from attnsurgeon.blocks.options import read_option
 from attnsurgeon.blocks.timm_attention import PREFIX, timm_block
-from attnsurgeon.errors import UnknownName
+from attnsurgeon.errors import BadOption, UnknownName
+from attnsurgeon.gate import DEFAULT_FORM, form_named, give_form
 from attnsurgeon.registry import Registry
 
 BlockType = TypeVar("BlockType", bound=type[AttentionBlock])
@@ -82,6 +85,25 @@ def check_options(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
         if option not in known:
             raise UnknownName(f"option of {name}", option, known)
     return {option: read_option(option, known[option], value) for option, value in options.items()}
+
+
+def check_form(name: str, form: str, options: Mapping[str, Any]) -> None:
+    """Refuse a form of gate that a block cannot have, before any network is at hand.
+
+    Raises:
+        UnknownName: no form is called so.
+        BadOption: the block cannot have it with these options.
+    """
+    form_named(form)
+    if form == DEFAULT_FORM or name not in _registry:  # another's constructor may ask for anything
+        return
+    kind = get(name)
+    with torch.device("meta"):
+        attention = kind.build(Place(64, dims=DIMS[kind.layouts[0]]), **options)
+    try:
+        give_form(attention, form)
+    except BadOption as error:
+        raise BadOption(f"{name}: {error}") from None
 
 
 def try_out(name: str, attention: AttentionBlock, place: Place, sizes: tuple[int, ...]) -> None:

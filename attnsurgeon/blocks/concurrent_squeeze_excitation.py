@@ -1,7 +1,7 @@
 """Concurrent Spatial and Channel Squeeze & Excitation (Roy et al., MICCAI 2018, arXiv:1803.02579).
 
-Section 2: cSE (equations 1 and 2), sSE (equation 3), and their sum, scSE. The journal version
-(arXiv:1808.08127) takes the greater of the two: `fusion=max`, as the released code does.
+Section 2: cSE, sSE, and their sum, scSE. The journal version (arXiv:1808.08127) takes the greater
+of the two: `fusion=max`, as the released code does.
 
 One gate per half. The sum is mixed as (1 - gc)(1 - gs) + gc * c + gs * s: with both gates at 0
 that is exactly 1, with one of them at 1 the published half alone, with both the published sum.
@@ -60,8 +60,9 @@ class ConcurrentSqueezeExcitation(AttentionBlock):
         self.spatial = nn.Sequential(convolution(dims, channels, 1, 1), nn.Sigmoid())
         self.takes_greater = one_of("fusion", fusion, FUSIONS) == "max"
         self.positions = positions(dims)
-        self.channel_gate = Gate()
-        self.spatial_gate = Gate()
+        # Sigmoids that are added are 1 together, where each of them is half of it.
+        self.channel_gate = Gate("channel.2", is_sigmoid=self.takes_greater)
+        self.spatial_gate = Gate("spatial.0", is_sigmoid=self.takes_greater)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x rescaled by both halves."""

@@ -89,7 +89,7 @@ class GatedSpatial(nn.Module):
     def __init__(self, kernel_size: int, dims: int) -> None:
         super().__init__()
         self.map = SpatialMap(kernel_size, dims)
-        self.gate = Gate()
+        self.gate = Gate("map.norm", is_sigmoid=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x times its mixed spatial map."""
@@ -135,7 +135,7 @@ class ConvolutionalBlockAttention(AttentionBlock):
             raise BadOption(f"kernel_size must be odd and at least 1, not {kernel_size}")
         hidden = hidden_width(channels, reduction, ratio)
         self.channel = ChannelMap(channels, hidden, some_of("pool_types", pool_types, POOLS), dims)
-        self.channel_gate = Gate()
+        self.channel_gate = Gate("channel.mlp.2", is_sigmoid=True)
         self.spatial = NoSpatialMap() if no_spatial else GatedSpatial(kernel_size, dims)
 
     def forward(self, x: Tensor) -> Tensor:

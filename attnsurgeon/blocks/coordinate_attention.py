@@ -56,8 +56,8 @@ class CoordinateAttention(AttentionBlock):
         )
         self.rows = nn.Conv2d(width, channels, 1)
         self.columns = nn.Conv2d(width, channels, 1)
-        self.row_gate = Gate()
-        self.column_gate = Gate()
+        self.row_gate = Gate("rows", is_sigmoid=True)
+        self.column_gate = Gate("columns", is_sigmoid=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x times its mixed row map, times its mixed column map."""

@@ -48,7 +48,7 @@ class EffectiveSqueezeExcitation(AttentionBlock):
         self.excite = convolution(dims, channels, channels, 1, bias=bias)
         self.scale = SCALES[one_of("scale_activation", scale_activation, tuple(SCALES))]()
         self.positions = positions(dims)
-        self.gate = Gate()
+        self.gate = Gate("excite", is_sigmoid=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x times its mixed channel map."""

@@ -59,7 +59,7 @@ class EfficientChannelAttention(AttentionBlock):
             dims, 1, 1, (k, *(1 for _ in beside)), padding=(k // 2, *beside), bias=False
         )
         self.positions = positions(dims)
-        self.gate = Gate()
+        self.gate = Gate("conv", is_sigmoid=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x times its mixed channel map."""

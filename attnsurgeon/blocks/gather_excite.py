@@ -90,8 +90,10 @@ class GatherExcite(AttentionBlock):
             raise BadOption("extra_params needs an extent of 2, 4 or 8: the whole map has no size")
         hidden = hidden_width(channels, reduction, ratio)
         self.gather: nn.Module = GlobalMean(dims)
+        last = ""
         if extra_params:
             self.gather = convolutions(channels, extent, dims)
+            last = f"gather.{len(self.gather) - 1}"
         elif extent:
             self.gather = average_pool(dims, 2 * extent - 1, extent)
         self.mlp = nn.Sequential()
@@ -99,7 +101,7 @@ class GatherExcite(AttentionBlock):
             layers = convolution(dims, channels, hidden, 1), convolution(dims, hidden, channels, 1)
             self.mlp = nn.Sequential(layers[0], nn.ReLU(), layers[1])
         self.is_local = extent > 0
-        self.gate = Gate()
+        self.gate = Gate("mlp.2" if mlp else last, is_sigmoid=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x times its mixed map, spread to the size of x by nearest neighbours."""

@@ -1,4 +1,4 @@
-"""Global Context block (Cao et al., ICCVW 2019, arXiv:1904.11492), equation 6.
+"""Global Context block (Cao et al., ICCVW 2019, arXiv:1904.11492).
 
 Differs from the released code: the last 1x1 convolution starts at its ordinary value, since the
 gate already is the zero (two zeros in series would never learn).
@@ -18,7 +18,7 @@ FUSIONS = ("channel_add", "channel_mul")
 
 
 class ContextPool(nn.Module):
-    """Sum the positions by a softmax over them (equation 6). (N, C, H, W) -> (N, C, 1, 1)."""
+    """Sum the positions by a softmax over them. (N, C, H, W) -> (N, C, 1, 1)."""
 
     __constants__ = ("dims",)
 
@@ -66,7 +66,7 @@ class MultiplyContext(nn.Module):
     def __init__(self, channels: int, hidden: int, dims: int) -> None:
         super().__init__()
         self.transform = transform(channels, hidden, dims)
-        self.gate = Gate()
+        self.gate = Gate("transform.3", is_sigmoid=True)
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Return x times the mixed map of its context."""
@@ -80,7 +80,7 @@ class AddContext(nn.Module):
     def __init__(self, channels: int, hidden: int, dims: int) -> None:
         super().__init__()
         self.transform = transform(channels, hidden, dims)
-        self.gate = Gate()
+        self.gate = Gate("transform.3")
 
     def forward(self, x: Tensor, context: Tensor) -> Tensor:
         """Return x plus the admitted share of its context."""

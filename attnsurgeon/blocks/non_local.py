@@ -67,7 +67,7 @@ class NonLocal(AttentionBlock):
         self.restore = convolution(dims, hidden, channels, 1)
         self.norm = batch_norm(dims, channels) if norm else nn.Identity()
         self.has_softmax = one_of("pairwise", pairwise, PAIRWISE) == "embedded_gaussian"
-        self.gate = Gate()
+        self.gate = Gate("norm" if norm else "restore")
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x plus the admitted share of its non-local sum."""

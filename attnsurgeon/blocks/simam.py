@@ -44,7 +44,7 @@ class SimpleAttention(AttentionBlock):
             raise BadOption(f"regularizer must be above 0 and finite, not {regularizer}")
         self.regularizer = regularizer
         self.positions = positions(dims)
-        self.gate = Gate()
+        self.gate = Gate(is_sigmoid=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x times its mixed map."""

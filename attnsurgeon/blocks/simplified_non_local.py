@@ -1,4 +1,4 @@
-"""Simplified non-local block (Cao et al., ICCVW 2019, arXiv:1904.11492), equation 3.
+"""Simplified non-local block (Cao et al., ICCVW 2019, arXiv:1904.11492).
 
 z_i = x_i + Wv Σ_j α_j x_j, α the softmax of Wk x over the positions: one attention for all
 queries, and Wv taken out of the sum. Differs from the paper: Wv starts at its ordinary value,
@@ -35,7 +35,7 @@ class SimplifiedNonLocal(AttentionBlock):
         super().__init__()
         self.pool = ContextPool(channels, dims)
         self.transform = convolution(dims, channels, channels, 1, bias=bias)
-        self.gate = Gate()
+        self.gate = Gate("transform")
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x plus the admitted share of its transformed context."""

@@ -62,7 +62,7 @@ class SqueezeExcitation(AttentionBlock):
         self.excite = convolution(dims, hidden, channels, 1, bias=bias)
         self.scale = SCALES[one_of("scale_activation", scale_activation, tuple(SCALES))]()
         self.positions = positions(dims)
-        self.gate = Gate()
+        self.gate = Gate("excite", is_sigmoid=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x times its mixed channel map."""

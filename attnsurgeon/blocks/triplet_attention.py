@@ -26,7 +26,7 @@ class GatedMap(nn.Module):
         super().__init__()
         self.axis = axis
         self.map = SpatialMap(kernel_size, 2)
-        self.gate = Gate()
+        self.gate = Gate("map.norm", is_sigmoid=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (N, C, H, W) with a 1 in the place of the pooled axis."""

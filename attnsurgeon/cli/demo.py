@@ -27,7 +27,7 @@ def demo(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Insert CBAM into a network trained on handwritten digits; export, run and time it.
+    """Insert CBAM into a network trained on handwritten digits; train, export, run and time it.
 
     The files stay in the folder.
     """

@@ -23,6 +23,8 @@ Examples:
   attnsurgeon export resnet50_se.safetensors -o resnet50_se.pt --input-size 320,256
   attnsurgeon export resnet50_se.safetensors -o resnet50_se.pt2 --static
   attnsurgeon export resnet50_se.safetensors -o model.py
+  attnsurgeon export resnet50_se.safetensors -o resnet50_se_fp16.onnx --precision fp16
+  attnsurgeon export resnet50_se.safetensors -o int8.onnx --precision int8 --images photos
   attnsurgeon export resnet50_se.safetensors --checkpoint trained.pth -o trained.onnx --opset 18
   attnsurgeon export mine_se.safetensors --host nets/mine.py:build -o mine_se.onnx
 """
@@ -48,6 +50,17 @@ def export(
     ] = "auto",
     optimize: Annotated[
         bool, typer.Option("--optimize", help="Freeze a .pt file: weights become constants.")
+    ] = False,
+    precision: Annotated[
+        str | None,
+        typer.Option(help="fp32 (default), fp16, bf16 (.pt, .pt2) or int8 (.onnx, --images)."),
+    ] = None,
+    images: Annotated[
+        Path | None, typer.Option(help="Of int8: a folder of images to calibrate on.")
+    ] = None,
+    strip: Annotated[
+        bool,
+        typer.Option("--strip", help="Drop attention with gates at 0, and gates at 1."),
     ] = False,
     input_size: Annotated[
         str | None, typer.Option(help="H or H,W in pixels; the network's own by default.")
@@ -81,6 +94,9 @@ def export(
 
     The comparison runs with the gates as they are and with every gate opened at random, at
     batch 1, 2 and 5 and another input size. A file that differs is not kept (exit 4).
+
+    --precision fp16 and bf16 files take and return that kind of number, int8 files float32. Each
+    may differ from the model in fp32 by the tolerance of its precision, which --json tells.
     """
     from attnsurgeon.export import export_model
     from attnsurgeon.export.format import Settings, format_for
@@ -89,7 +105,15 @@ def export(
     from attnsurgeon.report.artifact import show_artifact
 
     format_for(output).check(
-        Settings(opset=opset, dynamic=not static, exporter=exporter, optimize=optimize)
+        Settings(
+            opset=opset,
+            dynamic=not static,
+            exporter=exporter,
+            optimize=optimize,
+            precision=precision,
+            images=images,
+            strip=strip,
+        )
     )
     check_output(output, force=force)
     size = read_size(input_size)
@@ -112,6 +136,9 @@ def export(
         opset=opset,
         exporter=exporter,
         optimize=optimize,
+        precision=precision,
+        images=images,
+        strip=strip,
         input_size=size,
         static=static,
         force=force,

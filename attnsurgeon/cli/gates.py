@@ -42,13 +42,11 @@ def gates(
     `varies`: how much the map differs from image to image (0: it only rescales). `output`: how
     far the output moves when this site alone is closed. `top-1`: images read otherwise then.
     """
-    from attnsurgeon.checkpoint import read_checkpoint
+    from attnsurgeon.opening import open_file
     from attnsurgeon.outputs import check_output
     from attnsurgeon.report.gates import openings_to_json, show_openings
-    from attnsurgeon.store import load_model
     from attnsurgeon.training.images import sample_inputs
     from attnsurgeon.training.openings import measure_openings
-    from attnsurgeon.training.trained import load_trained
 
     if output is not None:
         from attnsurgeon.report.gate_chart import check_chart
@@ -56,9 +54,7 @@ def gates(
         check_chart(output)
         check_output(output, force=force)
     tell(f"loading {file}")
-    model = load_model(file, host)
-    if checkpoint is not None:
-        load_trained(model, read_checkpoint(checkpoint))
+    model = open_file(file, host, checkpoint).model
     sample = sample_inputs(model, images)
     tell(f"watching {len(model.__dict__['_attnsurgeon_cuts'])} sites on {sample.source}")
     found = measure_openings(model, sample)

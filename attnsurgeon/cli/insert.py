@@ -87,6 +87,9 @@ def insert(
     placement: Annotated[
         str, typer.Option(help="post, standard, pre, identity, conv or replace.")
     ] = "post",
+    gate: Annotated[
+        str, typer.Option(help="How it is let in: mix (a number), centred, or layer (none).")
+    ] = "mix",
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Options of the block, as reduction=8.")
     ] = None,
@@ -147,6 +150,7 @@ def insert(
         host=host,
         seed=seed,
         stack=stack,
+        gate=gate,
         dry_run=dry_run,
         force=force,
     )

@@ -44,18 +44,14 @@ def show(
     Each map is coloured from its own least to its own most, which stand beside it with the value
     of its gate: a wide range behind a gate near 0 changes nothing.
     """
-    from attnsurgeon.checkpoint import read_checkpoint
+    from attnsurgeon.opening import open_file
     from attnsurgeon.report.attention_page import make_page
     from attnsurgeon.report.pages import check_pages, pages_to_json, show_pages, write_page
-    from attnsurgeon.store import load_model
     from attnsurgeon.training.images import read_photograph
-    from attnsurgeon.training.trained import load_trained
 
     targets = check_pages(image, output, html=html, force=force)
     tell(f"loading {file}")
-    model = load_model(file, host)
-    if checkpoint is not None:
-        load_trained(model, read_checkpoint(checkpoint))
+    model = open_file(file, host, checkpoint).model
     photographs = [read_photograph(path, model) for path in image]
     pages = {}
     for photograph, target in zip(photographs, targets, strict=True):

@@ -15,16 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
+from attnsurgeon.arguments import typed
 from attnsurgeon.card import HostCard, card_of
-from attnsurgeon.errors import ExportDiffers
+from attnsurgeon.errors import BadOption, ExportDiffers
 from attnsurgeon.export.against import Agreement, verify_export
 from attnsurgeon.export.format import Settings, format_for, formats
 from attnsurgeon.export.fresh import ready_process
+from attnsurgeon.export.images import Photographs
 from attnsurgeon.export.inputs import Inputs, example_inputs, resized, size_of, trials
+from attnsurgeon.export.onnx_int8 import Int8Draft
+from attnsurgeon.export.precision import HALVES, Precision, lowered, precision_of
 from attnsurgeon.export.proof import Check, gate_values
 from attnsurgeon.export.prove import prove
+from attnsurgeon.export.strip import strip_decided
+from attnsurgeon.gate import gate_numbers, named_gates
 from attnsurgeon.outputs import atomic_outputs
 from attnsurgeon.store import make_recipe
 from attnsurgeon.surgery import cuts_of
@@ -47,6 +53,7 @@ class Artifact:
         dynamic: whether batch, height and width are free.
         checks: every comparison with the model, from disk.
         notices: what the user should know once.
+        precision: that was asked for, or None: the model's own.
     """
 
     output: str
@@ -56,15 +63,20 @@ class Artifact:
     dynamic: bool
     checks: tuple[Check, ...]
     notices: tuple[str, ...] = ()
+    precision: Precision | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values."""
+        """Return plain values; a precision that was asked for, and what it allows, as well."""
+        asked = {}
+        if self.precision is not None:
+            asked = {"precision": self.precision.name, "tolerance": self.precision.to_json()}
         return {
             "output": self.output,
             "format": self.format,
             "bytes": self.bytes,
             "opset": self.opset,
             "dynamic": self.dynamic,
+            **asked,
             "checks": [check.to_json() for check in self.checks],
         }
 
@@ -74,6 +86,7 @@ def export_suffixes() -> list[str]:
     return formats.names()
 
 
+@typed
 def export_model(
     model: nn.Module,
     output: str | os.PathLike[str],
@@ -83,6 +96,9 @@ def export_model(
     static: bool = False,
     exporter: str = "auto",
     optimize: bool = False,
+    precision: str | None = None,
+    images: str | os.PathLike[str] | None = None,
+    strip: bool = False,
     example: Any = None,
     force: bool = False,
     keep_rejected: bool = False,
@@ -105,6 +121,12 @@ def export_model(
         exporter: of an ONNX file: dynamo, torchscript, or auto, which takes the second where
             torch.export refuses the network.
         optimize: freeze a TorchScript file: its weights become constants, its norms are folded.
+        precision: fp32, fp16 or bf16, which the file's inputs and outputs are then in as well, or
+            int8 (an .onnx file that takes float32). Each is compared with the model in fp32, by
+            the tolerances of PRECISIONS; by default the file is in the model's own.
+        images: a folder of images that int8 is calibrated on.
+        strip: leave out attention whose gates are all 0, and gates that are all 1 (they can then
+            not be set in the file).
         example: an image batch that gives channels, dtype and size instead; or a tuple of
             inputs, or a list of images for a network that takes lists.
         force: replace an existing file.
@@ -112,39 +134,66 @@ def export_model(
         progress: is told what is being done.
 
     Raises:
-        UnknownName: no format has that suffix.
+        UnknownName: no format has that suffix, or no precision that name.
         HostUnusable: the network does not run at that size.
-        ExportRefused, BadOption, MissingPackage: see the format.
+        ExportRefused, BadOption, MissingPackage: see the format; or the network does not run in
+            the precision, or takes no images to be calibrated on.
+        BadFile: an image cannot be read.
         OutputRefused: the file cannot be written.
+        IdentityBroken: see strip_decided.
         ExportDiffers: the file does not compute what the model computes; it is removed.
     """
     kind = format_for(output)
-    settings = Settings(opset=opset, dynamic=not static, exporter=exporter, optimize=optimize)
+    settings = Settings(
+        opset=opset,
+        dynamic=not static,
+        exporter=exporter,
+        optimize=optimize,
+        precision=precision,
+        images=None if images is None else Path(images),
+        strip=strip,
+    )
     kind.check(settings)
+    chosen = precision_of(model, precision)
     inputs = example_inputs(model, example, input_size)
-    metadata = _metadata(model, inputs)
+    photographs = _photographs(settings, model, inputs)
+    told: tuple[str, ...] = ()
+    if strip:
+        model, stripped = strip_decided(model, inputs)
+        told = (stripped,)
+    metadata = {**_metadata(model, inputs), "precision": chosen.name}
     meanwhile = ready_process(kind.needs) if kind.needs else nullcontext()
     with meanwhile, atomic_outputs(output, force=force) as part:
         progress(f"translating to {kind.name}")
         pair = resized(inputs, 1 if static else 2, size_of(inputs))  # 1 would be a constant
-        draft = kind.draft(model, pair, settings, metadata)
+        cast = lowered(model, chosen, pair) if chosen.name in HALVES and precision else None
+        draft = kind.draft(cast or model, chosen.cast(pair), settings, metadata)
         batches = trials(model, inputs, static=static)
-        draft.write(part, gate_values(model))
-        notices = draft.notices
-        size = sum(file.stat().st_size for file in part.parent.iterdir())
-        read = draft.reader or kind.open
-        twin = draft if draft.folds_gates else None
-        del draft  # its weights need not stand in memory beside those that are read
+        gates = chosen.cast_gates(gate_values(model))
+        notices = (*told, *draft.notices)
         try:
-            proof = prove(kind.name, read, twin, part, model, batches, settings, progress)
+            if photographs is not None:
+                progress("checking it before it is quantized")
+                draft.write(part, gates)
+                prove(kind.name, kind.open, None, part, model, batches, settings, lambda _: None)
+                for file in list(part.parent.iterdir()):  # int8 may need one only
+                    file.unlink()
+                draft = Int8Draft(draft, photographs.images)
+                batches = photographs.in_place_of(batches)
+                notices = (*notices, photographs.notice)
+                progress(f"quantizing it on {len(photographs.images)} images")
+            draft.write(part, gates)
+            size = sum(file.stat().st_size for file in part.parent.iterdir())
+            read = draft.reader or kind.open
+            twin = draft if draft.folds_gates else None
+            del draft  # its weights need not stand in memory beside those that are read
+            proof = prove(
+                kind.name, read, twin, part, model, batches, settings, progress, chosen, cast
+            )
         except ExportDiffers as error:
             if not keep_rejected:
                 raise
-            rejected = f"{os.fspath(output)}.rejected"
-            for file in part.parent.iterdir():
-                file.replace(Path(output).with_name(f"{file.name}.rejected"))
-            told = str(error).replace("nothing was kept", f"it was kept as {rejected!r}")
-            raise ExportDiffers(told) from error
+            raise _kept(error, part, output) from error
     return Artifact(
         output=str(output),
         format=kind.name,
@@ -153,7 +202,30 @@ def export_model(
         dynamic=not static,
         checks=proof.checks,
         notices=(*notices, *proof.notices),
+        precision=chosen if precision else None,
     )
+
+
+def _kept(error: ExportDiffers, part: Path, output: str | os.PathLike[str]) -> ExportDiffers:
+    """Keep what differs under other names, and return the error that says so."""
+    rejected = f"{os.fspath(output)}.rejected"
+    for file in part.parent.iterdir():
+        file.replace(Path(output).with_name(f"{file.name}.rejected"))
+    return ExportDiffers(str(error).replace("nothing was kept", f"it was kept as {rejected!r}"))
+
+
+def _photographs(settings: Settings, model: nn.Module, inputs: Inputs) -> Photographs | None:
+    """Return what int8 is calibrated on, or None for any other precision.
+
+    Raises:
+        BadOption: the network takes other inputs than one image, or there are no images.
+        BadFile: some cannot be read.
+    """
+    if settings.images is None:
+        return None
+    if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
+        raise BadOption(f"--images is for networks of one RGB image, not {type(model).__name__}")
+    return Photographs(settings.images, model, inputs[0])
 
 
 def _metadata(model: nn.Module, inputs: Inputs) -> dict[str, str]:
@@ -162,6 +234,9 @@ def _metadata(model: nn.Module, inputs: Inputs) -> dict[str, str]:
     metadata = {"input_size": json.dumps(list(size_of(inputs)))}
     if cuts_of(model):
         metadata["attnsurgeon"] = make_recipe(model).dumps()
+        gates = list(named_gates(model))
+        if len(gates) > len(gate_numbers(model)):  # numbers are known by their names
+            metadata["gates"] = json.dumps(gates)
     if card is not None and card.categories:
         metadata["classes"] = json.dumps(card.categories, ensure_ascii=False)
     if card is not None and card.mean and card.std:

@@ -12,11 +12,18 @@ from torch import Tensor, nn
 
 from attnsurgeon.card import card_of
 from attnsurgeon.errors import BadFile, BadOption, ExportDiffers
-from attnsurgeon.export.format import format_for
+from attnsurgeon.export.format import Opened, format_for
 from attnsurgeon.export.images import image_files, read_images
 from attnsurgeon.export.inputs import example_inputs, size_of, tensors_of, trials
 from attnsurgeon.export.lending import lent_to, steady
 from attnsurgeon.export.opening import open_gates
+from attnsurgeon.export.precision import (
+    HALVES,
+    PRECISIONS,
+    Precision,
+    lowered,
+    precision_of,
+)
 from attnsurgeon.export.proof import Check, check_file, gate_values, run_with_gates
 
 
@@ -70,14 +77,21 @@ def verify_export(
     batches = trials(model, inputs, static=bool(opened.fixed_axes))
     own = gate_values(model)
     label = "open" if any(bool(value.any()) for value in own.values()) else "closed"
-    with lent_to(model, batches, opened.holds) as lent:
-        run = kind.open(file, lent).run if lent else opened.run
-        checks = check_file(run, model, own, label, [steady(model, own, b) for b in batches])
-        if own and kind.has_gates(file):
-            values = open_gates(model, min(batches, key=lambda b: tensors_of(b)[0].numel())).values
-            run = kind.open(file, {**values, **lent}).run
-            drawn = [steady(model, values, b) for b in batches]
-            checks += check_file(run, model, values, "open", drawn)
+    precision = _precision_of(opened, file)
+    if precision.name == "int8" and images is not None:
+        batches = []  # the photographs show what it was calibrated for; noise is something else
+    with lent_to(model, batches, lambda own: opened.holds(precision.cast_gates(own))) as lent:
+        run = kind.open(file, precision.cast_gates(lent)).run if lent else opened.run
+        drawn = [steady(model, own, batch) for batch in batches]
+        checks = check_file(run, model, own, label, drawn, precision)
+        if own and kind.has_gates(file, own):
+            smallest = min(batches, key=lambda b: tensors_of(b)[0].numel())
+            is_own = precision.name not in HALVES or precision_of(model, None) == precision
+            cast = None if is_own else lowered(model, precision, inputs)  # with what is lent
+            values = open_gates(model, smallest, precision, cast).values
+            run = kind.open(file, precision.cast_gates({**values, **lent})).run
+            drawn = [steady(model, values, batch) for batch in batches]
+            checks += check_file(run, model, values, "open", drawn, precision)
     seen: dict[str, str] = {}
     if images is not None:
         if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or inputs[0].shape[1] != 3:
@@ -86,7 +100,7 @@ def verify_export(
         parts = [
             (part.to(inputs[0]),) for part in read_images(files, card_of(model), size_of(inputs))
         ]
-        checks += check_file(opened.run, model, own, "images", list(parts))
+        checks += check_file(opened.run, model, own, "images", list(parts), precision)
         seen = {
             str(name): _class_of(model, run_with_gates(model, own, part))
             for name, part in zip(files, parts, strict=True)
@@ -104,6 +118,17 @@ def verify_export(
             f"same for {100 * worst.top1_agreement:.0f} %"
         )
     return Agreement(str(file), kind.name, tuple(checks), seen)
+
+
+def _precision_of(opened: Opened, file: Path) -> Precision:
+    """Return the precision that a file says it is in.
+
+    Raises:
+        BadFile: there is none of that name.
+    """
+    if opened.precision not in PRECISIONS:
+        raise BadFile(f"{file.name} says that it is in {opened.precision!r}, which is not known")
+    return PRECISIONS[opened.precision]
 
 
 def _class_of(model: nn.Module, outputs: list[Tensor]) -> str:

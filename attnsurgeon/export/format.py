@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -32,12 +32,14 @@ class Opened:
         opset: the opset that the file asks for, if the format has such a thing.
         fixed_axes: the input axes that the file fixes, as far as it says.
         holds: tells which of these tensors the file has, by their names and byte for byte.
+        precision: that of its numbers, by what it says itself.
     """
 
     run: Runner
     opset: int | None = None
     fixed_axes: tuple[str, ...] = ()
     holds: Callable[[Mapping[str, Tensor]], set[str]] = lambda tensors: set()
+    precision: str = "fp32"
 
     def __call__(self, inputs: Inputs) -> list[Tensor]:
         """Run the file."""
@@ -56,6 +58,9 @@ class Settings:
     dynamic: bool = True
     exporter: str = "auto"
     optimize: bool = False
+    precision: str | None = None
+    images: Path | None = None
+    strip: bool = False
 
 
 def refuse_onnx_settings(settings: Settings, suffix: str) -> None:
@@ -132,8 +137,8 @@ class Format(ABC):
             BadFile: it cannot be run, or has no such gates.
         """
 
-    def has_gates(self, path: Path) -> bool:
-        """Tell whether the gates of a written file can be set when it is opened."""
+    def has_gates(self, path: Path, gates: Collection[str]) -> bool:
+        """Tell whether these gates of a written file can be set when it is opened."""
         return True
 
 

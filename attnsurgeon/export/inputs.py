@@ -86,7 +86,7 @@ def example_inputs(model: nn.Module, example: Any, size: tuple[int, int] | None)
     """
     if size is not None and not 1 <= min(size) <= max(size) <= LARGEST_SIDE:
         raise BadOption(f"--input-size must be 1 to {LARGEST_SIDE}, not {size[0]},{size[1]}")
-    given = (example,) if isinstance(example, list) else as_inputs(model, example)
+    given = as_inputs(model, (example,) if isinstance(example, list) else example)
     inputs = resized(given, 1, size or size_of(given))
     if not runs_on(model, resized(inputs, 2, size_of(inputs))):
         height, width = size_of(inputs)

@@ -65,7 +65,7 @@ def lent_to(
     Raises:
         ExportRefused: it says nothing whatever it is lent, or the file's layers are out of reach.
     """
-    if not isinstance(batches[0][0], list) or _tells_all(model, batches):
+    if not batches or not isinstance(batches[0][0], list) or _tells_all(model, batches):
         yield {}
         return
     layers = layers_behind(model, batches[0])
@@ -95,6 +95,16 @@ def lent_to(
                 f"{type(model).__name__} finds nothing, whatever its last layers hold; {_REMEDY}"
             )
         yield {name: parameter.detach().clone() for name, parameter in own.items()}
+
+
+@contextmanager
+def lent_alike(copy: nn.Module | None, lent: Mapping[str, Tensor]) -> Iterator[None]:
+    """Lend a copy of the network, in other numbers, what the network was lent."""
+    own = {} if copy is None else {name: copy.get_parameter(name) for name in lent}
+    with borrowed_values(list(own.values())):
+        for name, parameter in own.items():
+            parameter.data.copy_(lent[name])
+        yield
 
 
 def _tells_all(model: nn.Module, batches: list[Inputs]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -16,9 +16,13 @@ from attnsurgeon.export import onnx_dynamo, onnx_traced
 from attnsurgeon.export.format import Draft, Format, Opened, Settings, refuse_optimize, register
 from attnsurgeon.export.fresh import FreshProcess
 from attnsurgeon.export.inputs import Inputs, tensors_of
+from attnsurgeon.export.last_norms import last_norms_written_out
 from attnsurgeon.export.onnx_file import read_file, write_file
 from attnsurgeon.export.onnx_mend import mend
 from attnsurgeon.export.onnx_runtime import newest_ir, newest_opset
+from attnsurgeon.export.onnx_shapes import write_constant_shapes
+from attnsurgeon.export.pools import rewrite_pools
+from attnsurgeon.export.precision import refuse_precision
 from attnsurgeon.gate import named_gates
 
 EXPORTERS = ("auto", "dynamo", "torchscript")
@@ -121,7 +125,7 @@ class _OnnxDraft(Draft):
             initializer = self.model.graph.initializers[name]
             initializer.const_value = onnx_ir.tensor(value.detach().cpu().numpy(), name=name)
         self.model.metadata_props.update(self.metadata)
-        write_file(self.model, path)
+        write_file(self.model, path, gates)
 
 
 @contextmanager
@@ -157,13 +161,14 @@ class Onnx(Format):
 
         Raises:
             UnknownName: no exporter is called so.
-            ExportRefused: freezing was asked for.
+            ExportRefused: freezing was asked for, or bf16.
             BadOption: an opset that cannot be written or read.
             MissingPackage: a version of onnxscript known to be wrong.
         """
         if settings.exporter not in EXPORTERS:
             raise UnknownName("exporter", settings.exporter, EXPORTERS)
         refuse_optimize(settings, ".onnx")
+        refuse_precision(settings, ".onnx", ("fp32", "fp16", "int8"))
         check_onnxscript()
         check_opset(settings.opset, settings.exporter)
 
@@ -177,10 +182,14 @@ class Onnx(Format):
         """
         self.check(settings)
         _check_numbers(model)
-        translated, notices = _translate(model, inputs, settings)
+        with last_norms_written_out(model):
+            translated, notices = _translate(model, inputs, settings)
         _name_gates(translated, model)
         with _as_inputs(translated, named_gates(model)):
             _optimize(translated, settings.opset)
+            write_constant_shapes(translated)
+        rewrite_pools(translated)
+        _forget_origins(translated)
         translated.ir_version = min(translated.ir_version, newest_ir())
         return _OnnxDraft(translated, metadata, notices)
 
@@ -197,17 +206,30 @@ class Onnx(Format):
             onnx.checker.check_model(str(path), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise BadFile(f"{path.name} is no ONNX file that can be run: {error}") from error
-        process = FreshProcess(path.name, "open_onnx", str(path), file.patches(gates or {}))
+        process = FreshProcess(
+            path.name, "open_onnx", str(path.absolute()), file.patches(gates or {})
+        )
 
         def run(inputs: Inputs) -> list[Tensor]:
             arrays = process([part.detach().cpu().numpy() for part in tensors_of(inputs)])
             return [torch.from_numpy(array) for array in arrays]
 
-        return Opened(run, file.opset, tuple(file.fixed_axes), file.holds)
+        return Opened(
+            run,
+            opset=file.opset,
+            fixed_axes=tuple(file.fixed_axes),
+            holds=file.holds,
+            precision=file.notes.get("precision", "fp32"),
+        )
 
-    def has_gates(self, path: Path) -> bool:
-        """Tell whether the file holds gates by name."""
-        return any(name.endswith(".openness") for name in read_file(path).spots)
+    def has_gates(self, path: Path, gates: Collection[str]) -> bool:
+        """Tell whether the file holds these gates by name, and they can be set.
+
+        Of an int8 file they cannot: its maps were calibrated with its gates as they are.
+        """
+        file = read_file(path)
+        is_calibrated = file.notes.get("precision") == "int8"
+        return not is_calibrated and set(gates) <= file.spots.keys()
 
 
 def _translate(model: nn.Module, inputs: Inputs, settings: Settings) -> tuple[Any, tuple[str, ...]]:
@@ -241,3 +263,16 @@ def _optimize(model: Any, opset: int | None) -> None:
     mend(model)
     if opset is not None and opset != model.opset_imports.get(""):
         version_converter.convert_version(model, opset, fallback=True)
+
+
+def _forget_origins(model: Any) -> None:
+    """Take out what exporters note of every node: call stacks, with the folders of this machine."""
+    for graph in model.graphs():
+        graph.metadata_props.clear()
+        for node in graph:
+            node.metadata_props.clear()
+            for value in node.outputs:
+                value.metadata_props.clear()
+        for value in (*graph.inputs, *graph.initializers.values()):
+            value.metadata_props.clear()
+    model.metadata_props.clear()

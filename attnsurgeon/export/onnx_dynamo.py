@@ -16,8 +16,11 @@ from torch.utils._pytree import tree_map
 
 from attnsurgeon.borrow import borrowed_modes
 from attnsurgeon.errors import ExportRefused, first_line
+from attnsurgeon.export.early import read_early
 from attnsurgeon.export.fold import fold_norms
 from attnsurgeon.export.inputs import Inputs, free_axes, tensors_of
+from attnsurgeon.export.terms import move_terms
+from attnsurgeon.gate import named_gates
 
 OLDEST_OPSET = 18
 """The exporter writes 18 and up."""
@@ -31,6 +34,8 @@ def translate(model: nn.Module, inputs: Inputs, *, dynamic: bool) -> Any:
     """
     exported = export_program(model, inputs, dynamic=dynamic)
     fold_norms(exported)
+    read_early(exported, _gate_paths(model))
+    move_terms(exported)
     try:
         program = torch.onnx.export(
             exported, dynamo=True, optimize=False, verbose=False, input_names=input_names(inputs)
@@ -43,6 +48,13 @@ def translate(model: nn.Module, inputs: Inputs, *, dynamic: bool) -> Any:
     if dynamic:
         _name_axes(program.model)
     return program.model
+
+
+def _gate_paths(model: nn.Module) -> set[str]:
+    """Return every path of every gate; a shared module has several."""
+    gates = {id(gate) for gate in named_gates(model).values()}
+    named = model.named_parameters(remove_duplicate=False)
+    return {path for path, parameter in named if id(parameter) in gates}
 
 
 def input_names(inputs: Inputs) -> list[str]:
@@ -66,7 +78,7 @@ def export_program(
         ),
         inputs,
     )
-    with torch.no_grad(), borrowed_modes(model), _logs_held_back():
+    with torch.no_grad(), borrowed_modes(model), logs_held_back():
         model.eval()
         try:
             return torch.export.export(
@@ -80,7 +92,7 @@ def export_program(
 
 
 @contextmanager
-def _logs_held_back() -> Iterator[None]:
+def logs_held_back() -> Iterator[None]:
     """Keep torch from telling the whole graph of what it refuses: the error says why."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)

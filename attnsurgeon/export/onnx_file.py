@@ -5,17 +5,18 @@ they pass through one at a time. The wire format: a message is a row of fields, 
 and kind), and, for those of bytes, a length before them. Field numbers are those of onnx.proto.
 
 A message has less than 2 GiB. Where the weights need more, they lie in a second file, `OUT.data`
-beside `OUT`, and the message tells where; small tensors, gates above all, stay in the message.
+beside `OUT`, and the message tells where; small tensors stay in the message, gates of any size too.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+import torch
 from torch import Tensor
 
 from attnsurgeon.errors import BadFile
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
     import onnx
 
 _GRAPH, _INITIALIZER = 7, 5
-_TENSOR_NAME, _TENSOR_RAW = 8, 9
+_TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW = 2, 8, 9
 
 MOST_BYTES = 2**31 - 1
 """The largest message that protobuf reads."""
@@ -37,9 +38,21 @@ DATA = ".data"
 
 _VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5
 
+_FLOATS = {1: torch.float32, 10: torch.float16, 11: torch.float64, 16: torch.bfloat16}
+"""By the numbers of onnx.proto."""
 
-def write_file(model: Any, path: Path) -> None:
-    """Write an onnx_ir.Model to one file, or two where one cannot hold it; it stays as it is."""
+Patch = tuple[int, bytes]
+"""Where in a file other bytes go, and these bytes."""
+
+
+def write_file(model: Any, path: Path, inside: Collection[str] = ()) -> None:
+    """Write an onnx_ir.Model to one file, or two where one cannot hold it; it stays as it is.
+
+    Args:
+        model: to be written.
+        path: of the file; a second one lies beside it.
+        inside: names of tensors that stay in the first one, whatever their size.
+    """
     import onnx_ir
 
     tensors = dict(model.graph.initializers)
@@ -53,19 +66,20 @@ def write_file(model: Any, path: Path) -> None:
     values = [value.const_value for value in tensors.values()]
     heads = sum(len(name) + 64 for name in tensors)
     held = len(graph) + heads + sum(value.nbytes for value in values)
-    outside = _outside(tensors, path.name + DATA) if held > MOST_BYTES else {}
+    large = {name: value for name, value in tensors.items() if name not in inside}
+    outside = _outside(large, path.name + DATA) if held > MOST_BYTES else {}
     messages = [
         outside[name].SerializeToString() if name in outside else _head_of(value, name)
         for name, value in zip(tensors, values, strict=True)
     ]
-    inside = [0 if name in outside else v.nbytes for name, v in zip(tensors, values, strict=True)]
-    sizes = [len(message) + size for message, size in zip(messages, inside, strict=True)]
+    kept = [0 if name in outside else v.nbytes for name, v in zip(tensors, values, strict=True)]
+    sizes = [len(message) + size for message, size in zip(messages, kept, strict=True)]
     framed = [_key(_INITIALIZER) + _varint(size) for size in sizes]
     with path.open("wb") as stream:
         stream.write(rest.SerializeToString())
         stream.write(_key(_GRAPH) + _varint(len(graph) + sum(map(len, framed)) + sum(sizes)))
         stream.write(graph)
-        for frame, message, size, value in zip(framed, messages, inside, values, strict=True):
+        for frame, message, size, value in zip(framed, messages, kept, values, strict=True):
             stream.write(frame)
             stream.write(message)
             if size:
@@ -123,17 +137,24 @@ class OnnxFile:
         header: the message without the tensors of its graph.
         spots: name of a tensor -> first and last byte of its values in the file; none where they
             lie in a second one.
+        kinds: name of a tensor -> number of its ONNX data type.
     """
 
     path: Path
     header: onnx.ModelProto
     spots: Mapping[str, tuple[int, int]]
+    kinds: Mapping[str, int]
 
     @property
     def opset(self) -> int | None:
         """Return the version of the default operator set."""
         sets = self.header.opset_import
         return next((each.version for each in sets if each.domain in ("", "ai.onnx")), None)
+
+    @property
+    def notes(self) -> dict[str, str]:
+        """Return what the file says about itself beside the graph."""
+        return {each.key: each.value for each in self.header.metadata_props}
 
     @property
     def fixed_axes(self) -> list[str]:
@@ -146,7 +167,21 @@ class OnnxFile:
             if dims[i].HasField("dim_value")
         ]
 
-    def patches(self, values: Mapping[str, Tensor]) -> list[tuple[int, bytes]]:
+    def values(self, name: str) -> Tensor:
+        """Return a copy of the values of a tensor of floats, in one row.
+
+        Raises:
+            BadFile: it is of another type, or its values do not stand in the file.
+        """
+        start, end = self.spots[name]
+        kind = _FLOATS.get(self.kinds[name])
+        if kind is None or start == end:
+            raise BadFile(f"{self.path.name} has no floats of its own in {name!r}")
+        with self.path.open("rb") as stream:
+            stream.seek(start)
+            return torch.frombuffer(bytearray(stream.read(end - start)), dtype=kind)
+
+    def patches(self, values: Mapping[str, Tensor]) -> list[Patch]:
         """Return where in the file other values of some tensors go, and their bytes.
 
         Raises:
@@ -172,6 +207,14 @@ class OnnxFile:
         return stream.read(end - start)
 
 
+def patched(path: Path, patches: Iterable[Patch]) -> bytes:
+    """Return the bytes of a file with some of them exchanged."""
+    data = bytearray(path.read_bytes())
+    for start, raw in patches:
+        data[start : start + len(raw)] = raw
+    return bytes(data)
+
+
 def read_file(path: Path) -> OnnxFile:
     """Read all but the weights.
 
@@ -182,6 +225,7 @@ def read_file(path: Path) -> OnnxFile:
     from google.protobuf.message import DecodeError  # type: ignore[import-untyped]
 
     spots: dict[str, tuple[int, int]] = {}
+    kinds: dict[str, int] = {}
     outside, inside = bytearray(), bytearray()
     try:
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as m:
@@ -193,28 +237,32 @@ def read_file(path: Path) -> OnnxFile:
                     if inner != _INITIALIZER:
                         inside += m[inner_key:last]
                     else:
-                        _note(m, first, last, spots)
+                        _note(m, first, last, spots, kinds)
         whole = bytes(outside) + _key(_GRAPH) + _varint(len(inside)) + bytes(inside)
         header = onnx.ModelProto.FromString(whole)
     except (ValueError, IndexError, DecodeError) as error:
         raise BadFile(f"{path.name} is no ONNX file: {error}") from error
-    return OnnxFile(path, header, spots)
+    return OnnxFile(path, header, spots, kinds)
 
 
 def _bytes_of(value: Tensor) -> bytes:
-    raw: bytes = value.detach().cpu().numpy().tobytes()
+    raw: bytes = value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes()
     return raw
 
 
-def _note(data: mmap.mmap, start: int, end: int, spots: dict[str, tuple[int, int]]) -> None:
-    """Enter where one tensor's values are."""
-    name, spot = "", (0, 0)
+def _note(
+    data: mmap.mmap, start: int, end: int, spots: dict[str, tuple[int, int]], kinds: dict[str, int]
+) -> None:
+    """Enter where one tensor's values are, and of what type."""
+    name, spot, kind = "", (0, 0), 0
     for number, _, first, last in _fields(data, start, end):
         if number == _TENSOR_NAME:
             name = data[first:last].decode()
         elif number == _TENSOR_RAW:
             spot = (first, last)
-    spots[name] = spot
+        elif number == _TENSOR_TYPE:
+            kind = _read_varint(data, first)[0]
+    spots[name], kinds[name] = spot, kind
 
 
 def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:

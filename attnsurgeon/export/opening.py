@@ -13,6 +13,7 @@ from attnsurgeon.errors import ExportRefused
 from attnsurgeon.export.format import leaves
 from attnsurgeon.export.inputs import Inputs
 from attnsurgeon.export.lending import shaken, steady
+from attnsurgeon.export.precision import Precision
 from attnsurgeon.export.proof import (
     compare_outputs,
     gate_values,
@@ -20,12 +21,15 @@ from attnsurgeon.export.proof import (
     run_with_gates,
     tolerance_of,
 )
-from attnsurgeon.gate import named_gates
+from attnsurgeon.gate import named_gates, opened
 
-VISIBLE = 100
-"""Opened gates must move the output by this many tolerances: what cannot be seen proves nothing."""
+VISIBLE, PLAIN = 100, 0.1
+"""Opened gates must move the output by this many tolerances, or, where these are wide, by this
+share of its largest element and two of them: what cannot be seen proves nothing."""
 NOISE = 0.2
 """Of the tolerance: what rounding may take of it at most, where gates are opened very far."""
+FARTHEST = 10.0
+"""Of a gate in a file of few digits, which may never tell one gate from another."""
 ROUNDS = 16
 """Of opening gates further, up to threefold: a layer scale of 1e-6 takes twelve."""
 
@@ -43,13 +47,24 @@ class Opening:
     unseen: tuple[str, ...]
 
 
-def open_gates(model: nn.Module, inputs: Inputs) -> Opening:
+def open_gates(
+    model: nn.Module,
+    inputs: Inputs,
+    precision: Precision | None = None,
+    cast: nn.Module | None = None,
+) -> Opening:
     """Return an opening for every gate, all different, of which each visibly moves the output.
 
     Openings are spread over 0.25 to 1, of either sign in turn: all of one sign would shrink the
     signal at every block, until early ones cannot be seen. A gate whose place another's value
     could take unnoticed is opened further: a branch behind a tiny layer scale would otherwise hide
-    whatever its attention computes. All together they must move the output by VISIBLE tolerances.
+    whatever its attention computes. All together they must move the output visibly.
+
+    Args:
+        model: to be opened.
+        inputs: what it is run on.
+        precision: of the file to be checked, whose tolerance it is.
+        cast: the model in that precision; what it loses is noise, and it opens no gate further.
 
     Raises:
         ExportRefused: they never do, and a check of them would prove nothing.
@@ -58,18 +73,26 @@ def open_gates(model: nn.Module, inputs: Inputs) -> Opening:
     best: Opening | None = None
     own = gate_values(model)
     given, reference = inputs, run_with_gates(model, own, inputs)
-    tolerance = tolerance_of(reference)
+    tolerance = tolerance_of(reference) if precision is None else precision.max_rel
+    visible = max(2 * tolerance, min(VISIBLE * tolerance, PLAIN))
+
+    def noise_of(values: Mapping[str, Tensor], shown: Inputs, found: list[Tensor]) -> float:
+        if precision is None or cast is None:
+            return _noise(model, values, shown, found)
+        rounded = run_with_gates(cast, values, precision.cast(shown))
+        return compare_outputs(found, rounded, 1.0)[1]
+
     closed = {name: torch.zeros_like(value) for name, value in openings.items()}
     calm = steady(model, closed, inputs)
-    own_noise = _noise(model, closed, calm, run_with_gates(model, closed, calm))
+    own_noise = noise_of(closed, calm, run_with_gates(model, closed, calm))
     for _ in range(ROUNDS):
         drawn = steady(model, openings, inputs)
         if drawn is not given:
             given, reference = drawn, run_with_gates(model, own, drawn)
-        opened = run_with_gates(model, openings, given)
-        moved = compare_outputs(reference, opened, tolerance)[1]
-        noise = _noise(model, openings, given, opened)
-        if not _are_finite(opened) or not noise < max(NOISE * tolerance, 3 * own_noise):
+        found = run_with_gates(model, openings, given)
+        moved = compare_outputs(reference, found, tolerance)[1]
+        noise = noise_of(openings, given, found)
+        if not _are_finite(found) or not noise < max(NOISE * tolerance, 3 * own_noise):
             if openings is sound:
                 openings = sound = {name: value / 2 for name, value in sound.items()}
             else:  # too far: half way back, as factors go
@@ -77,10 +100,10 @@ def open_gates(model: nn.Module, inputs: Inputs) -> Opening:
             continue
         shifts = _shifts(model, openings, given)
         hidden = {name: shift for name, shift in shifts.items() if not shift > tolerance}
-        if moved > VISIBLE * tolerance:
+        if moved > visible:
             if best is None or len(hidden) < len(best.unseen):
                 best = Opening(openings, tuple(hidden))
-            if not hidden:
+            if not hidden or (cast is not None and _farthest(openings) > FARTHEST):
                 break
         sound, openings = openings, _further(openings, hidden or shifts, tolerance)
     if best is None:
@@ -92,13 +115,13 @@ def open_gates(model: nn.Module, inputs: Inputs) -> Opening:
 
 
 def _noise(
-    model: nn.Module, openings: Mapping[str, Tensor], inputs: Inputs, opened: list[Tensor]
+    model: nn.Module, openings: Mapping[str, Tensor], inputs: Inputs, output: list[Tensor]
 ) -> float:
     """Return how far the output moves, over its largest element, when the inputs hardly do.
 
     Where that is much, rounding alone moves it as much, and two right engines would disagree.
     """
-    return compare_outputs(opened, run_with_gates(model, openings, shaken(inputs)), 1.0)[1]
+    return compare_outputs(output, run_with_gates(model, openings, shaken(inputs)), 1.0)[1]
 
 
 def _are_finite(outputs: list[Tensor]) -> bool:
@@ -116,13 +139,24 @@ def _further(
     return {name: value * factors.get(name, 1.0) for name, value in openings.items()}
 
 
+def _farthest(openings: Mapping[str, Tensor]) -> float:
+    return max((value.abs().max().item() for value in openings.values()), default=0.0)
+
+
+def plain_openings(model: nn.Module) -> dict[str, Tensor]:
+    """Return an opening in (0, 1) for every gate, as training would leave them; layers as drawn."""
+    values = _spread(named_gates(model))
+    return {name: value.abs() if value.ndim < 2 else value for name, value in values.items()}
+
+
 def _spread(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return evenly spaced values of 0.25 to 1, shuffled, with alternating signs."""
     step = 0.75 / max(len(gates), 1)
     with borrowed_randomness(1):
         places = torch.randperm(len(gates)).tolist()
         return {
-            name: (-1) ** i * (0.25 + step * (place + 0.25 + 0.5 * torch.rand(gate.shape)))
+            name: (-1) ** i
+            * opened(gate, 0.25 + step * (place + 0.25), 0.25 + step * (place + 0.75))
             for i, (place, (name, gate)) in enumerate(zip(places, gates.items(), strict=True))
         }
 
@@ -142,16 +176,18 @@ def _shifts(model: nn.Module, openings: Mapping[str, Tensor], inputs: Inputs) ->
             outputs = [leaf for leaf in leaves(model(*inputs)) if leaf.requires_grad]
             largest = max((leaf.abs().max().item() for leaf in outputs), default=0.0)
             slopes = _slopes(outputs, list(gates.values()))
-    values = [0.0, *(value.mean().item() for value in openings.values())]
     return {
-        name: slope * _distance(openings[name].mean().item(), values) / (largest or 1.0)
+        name: slope * _distance(name, openings) / (largest or 1.0)
         for name, slope in zip(gates, slopes, strict=True)
     }
 
 
-def _distance(value: float, others: list[float]) -> float:
-    """Return how far the nearest other value is."""
-    return min(abs(value - other) for other in others if other != value)
+def _distance(name: str, openings: Mapping[str, Tensor]) -> float:
+    """Return how far the nearest other value of its shape is, or none at all, in the mean."""
+    own = openings[name]
+    others = [v for other, v in openings.items() if other != name and v.shape == own.shape]
+    apart = [(own - value).square().mean().sqrt().item() for value in (own * 0, *others)]
+    return min(distance for distance in apart if distance)
 
 
 def _slopes(outputs: list[Tensor], gates: list[nn.Parameter]) -> list[float]:

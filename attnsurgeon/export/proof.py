@@ -19,12 +19,10 @@ from attnsurgeon.borrow import (
 from attnsurgeon.export.detections import Detections, fields_of, outputs_of
 from attnsurgeon.export.format import RunFailed, Runner
 from attnsurgeon.export.inputs import Inputs, batch_of, size_of
+from attnsurgeon.export.precision import PRECISIONS, Precision
 from attnsurgeon.gate import named_gates
 
-# Another engine sums in another order: in float32 that moves the largest output by some 1e-6 of
-# itself, where a wrong constant, axis or gate moves it by 1e-2 and more. Half precision holds 3
-# (float16) or 2 (bfloat16) digits per operation.
-TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-6, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+TOLERANCES = {p.dtype: p.max_rel for p in PRECISIONS.values() if p.name != "int8"}
 MIN_COSINE = 0.9999
 
 
@@ -133,16 +131,22 @@ def check_file(
     gates: Mapping[str, Tensor],
     label: str,
     batches: list[Inputs],
+    precision: Precision = PRECISIONS["fp32"],
 ) -> list[Check]:
-    """Run a file and the model on each input, with the model's gates at what the file holds."""
+    """Run a file and the model on each input, with the model's gates at what the file holds.
+
+    The file, of that precision, is given the inputs as it takes them.
+    """
     checks = []
     for inputs in batches:
         expected = run_with_gates(model, gates, inputs)
         try:
-            found = run(inputs)
+            found = run(precision.cast(inputs))
         except RunFailed:
             found = []  # a file that fails where the model runs is as different as can be
-        figures = compare_outputs(expected, found, tolerance_of(expected))
+        worst, relative, cosine, same, _ = compare_outputs(expected, found, precision.max_rel)
+        passed = precision.allows(relative, cosine)
+        figures = worst, relative, cosine, same, passed
         checks.append(Check(label, batch_of(inputs), size_of(inputs), *figures))
     return checks
 

@@ -14,14 +14,22 @@ from attnsurgeon.errors import BadOption, ExportDiffers
 from attnsurgeon.export.format import Draft, Opened, Reader, Runner, Settings
 from attnsurgeon.export.inputs import Inputs, tensors_of
 from attnsurgeon.export.lending import NOTICE as LENT
-from attnsurgeon.export.lending import lent_to, steady
-from attnsurgeon.export.opening import open_gates
+from attnsurgeon.export.lending import lent_alike, lent_to, steady
+from attnsurgeon.export.opening import Opening, open_gates, plain_openings
+from attnsurgeon.export.precision import PRECISIONS, Precision
 from attnsurgeon.export.proof import Check, check_file, gate_values
+from attnsurgeon.training.stripping import ungated
 
 _UNSEEN = (
     "{} of {} gates move no output visibly with these weights, the first {}: the opened check says "
     "nothing about them alone"
 )
+
+_REMEDIES = {
+    "fp16": "; numbers above 65504 or near 0 are lost in fp16: try --precision bf16 or fp32",
+    "bf16": "; try --precision fp32",
+    "int8": "; give --images more like what the network will see, or --precision fp16",
+}
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,8 @@ def prove(
     batches: list[Inputs],
     settings: Settings,
     progress: Callable[[str], None],
+    precision: Precision = PRECISIONS["fp32"],
+    cast: nn.Module | None = None,
 ) -> Proof:
     """Compare the written file with the model, as it is and with its gates opened.
 
@@ -60,41 +70,72 @@ def prove(
         batches: the inputs of both.
         settings: what was asked for.
         progress: is told what is being done.
+        precision: of the file.
+        cast: the model in that precision, where it is another than the model's.
 
     Raises:
         ExportDiffers: one comparison failed.
         ExportRefused: opening the gates shows nothing.
     """
     own = gate_values(model)
-    label = "open" if any(bool(value.any()) for value in own.values()) else "closed"
+    is_open = any(bool(value.any()) for value in own.values()) or bool(ungated(model))
+    label = "open" if is_open else "closed"
     progress("checking it from disk, gates as they are")
     written = read(part, None)
     _check_header(written, settings)
     opset, holds, run = written.opset, written.holds, written.run
     del written
-    with lent_to(model, batches, holds) as lent:
+    with (
+        lent_to(model, batches, lambda own: holds(precision.cast_gates(own))) as lent,
+        lent_alike(cast, lent),
+    ):
         notices: tuple[str, ...] = (LENT.format(type(model).__name__, _list(lent)),) if lent else ()
         if lent:
-            run = read(part, lent).run
-        checks = check_file(run, model, own, label, [steady(model, own, b) for b in batches])
-        del run, holds
+            run = read(part, precision.cast_gates(lent)).run
+        drawn = [steady(model, own, batch) for batch in batches]
+        checks = check_file(run, model, own, label, drawn, precision)
+        _refuse_failed(name, checks, precision)
+        del run
         if own:
             progress("checking it from disk, gates open")
-            opening = open_gates(model, min(batches, key=_pixels))
+            opening = _opening(model, min(batches, key=_pixels), precision, cast)
             values = opening.values
             if opening.unseen:
                 notices += (_UNSEEN.format(len(opening.unseen), len(own), opening.unseen[0]),)
-            with _opened_file(read, twin, part, {**values, **lent}) as run:
-                drawn = [steady(model, values, b) for b in batches]
-                checks += check_file(run, model, values, "open", drawn)
+            drawn = [steady(model, values, batch) for batch in batches]
+            held = precision.cast_gates({**values, **lent})
+            with _opened_file(read, twin, part, held) as run:
+                checks += check_file(run, model, values, "open", drawn, precision)
+            _refuse_failed(name, checks, precision)
+    return Proof(tuple(checks), opset, notices)
+
+
+def _opening(
+    model: nn.Module, inputs: Inputs, precision: Precision, cast: nn.Module | None
+) -> Opening:
+    """Return how far gates are opened; of eight bits, which never tell one from another, plainly.
+
+    Which gate is whose was shown before on the file that they were made from.
+    """
+    if precision.name == "int8":
+        return Opening(plain_openings(model), ())
+    return open_gates(model, inputs, precision, cast)
+
+
+def _refuse_failed(name: str, checks: list[Check], precision: Precision) -> None:
+    """Refuse a file of which one comparison failed.
+
+    Raises:
+        ExportDiffers: it differs by more than its precision allows.
+    """
     for check in checks:
         if not check.passed:
+            kind = name if precision.name in ("fp32", "fp64") else f"{precision.name} {name}"
             raise ExportDiffers(
-                f"the {name} file differs from the model with gates {check.gates}, batch "
+                f"the {kind} file differs from the model with gates {check.gates}, batch "
                 f"{check.batch}, {check.size[0]}x{check.size[1]} px: max_rel {check.max_rel:.2g}, "
-                f"cosine {check.cosine:.4f}; nothing was kept"
+                f"cosine {check.cosine:.4f}; nothing was kept{_REMEDIES.get(precision.name, '')}"
             )
-    return Proof(tuple(checks), opset, notices)
 
 
 def _check_header(written: Opened, settings: Settings) -> None:

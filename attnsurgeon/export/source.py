@@ -22,6 +22,7 @@ from attnsurgeon import blocks, digits
 from attnsurgeon.anatomy import own_class
 from attnsurgeon.card import HostCard
 from attnsurgeon.errors import ExportRefused
+from attnsurgeon.gate import DEFAULT_FORM
 from attnsurgeon.host import DIGITS, host_names
 from attnsurgeon.plan import Cut
 
@@ -206,6 +207,8 @@ def _wired(model: nn.Module, cuts: list[Cut], gathered: _Gathered) -> tuple[list
                 kind = blocks.get(cut.block).__name__
                 options = "".join(f", {key}={value!r}" for key, value in cut.options.items())
                 lines.append(f"block.{cut.splice.child} = {kind}.build({cut.place!r}{options})")
+                if cut.gate != DEFAULT_FORM:
+                    lines.append(f"give_form(block.{cut.splice.child}, {cut.gate!r})")
         lines.append(f"block.__class__ = {name}")
     return [f"class {name}({body}" for body, name in classes.items()], lines
 

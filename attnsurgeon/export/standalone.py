@@ -20,9 +20,11 @@ from attnsurgeon.export.format import (
 )
 from attnsurgeon.export.fresh import FreshProcess
 from attnsurgeon.export.inputs import Inputs, on_cpu
+from attnsurgeon.export.precision import refuse_precision
 from attnsurgeon.export.source import write_source
 from attnsurgeon.store import make_recipe
 from attnsurgeon.surgery import cuts_of
+from attnsurgeon.training.stripping import ungated
 
 _WEIGHTS = "model.safetensors"
 NOTICE = (
@@ -44,7 +46,9 @@ class _SourceDraft(Draft):
 
     def _open(self, path: Path, gates: Mapping[str, Tensor] | None = None) -> Opened:
         state = {name: tensor.detach().cpu() for name, tensor in self.state.items()}
-        process = FreshProcess(path.name, "open_python", str(path), {**state, **(gates or {})})
+        process = FreshProcess(
+            path.name, "open_python", str(path.absolute()), {**state, **(gates or {})}
+        )
         return Opened(lambda inputs: list(process(on_cpu(inputs))))
 
 
@@ -58,10 +62,13 @@ class Standalone(Format):
         """Refuse settings of other formats.
 
         Raises:
-            ExportRefused: an opset, an exporter or freezing was asked for.
+            ExportRefused: an opset, an exporter, freezing, stripping or a precision was asked for.
         """
         refuse_onnx_settings(settings, ".py")
         refuse_optimize(settings, ".py")
+        refuse_precision(settings, ".py", ("fp32",))
+        if settings.strip:
+            raise ExportRefused("--strip is not for a .py file, which reads weights with all gates")
 
     def draft(
         self, model: nn.Module, inputs: Inputs, settings: Settings, metadata: Mapping[str, str]
@@ -69,9 +76,14 @@ class Standalone(Format):
         """Write out the recipe.
 
         Raises:
-            ExportRefused: the host is no network of torchvision.
+            ExportRefused: the host is no network of torchvision, or was stripped of its gates.
         """
         self.check(settings)
+        if ungated(model):
+            raise ExportRefused(
+                f"this {type(model).__name__} was stripped of its gates, which a .py file has; "
+                "export it to .onnx, .pt or .pt2"
+            )
         cuts = cuts_of(model)
         card = make_recipe(model).host if cuts else card_of(model)
         if card is None:

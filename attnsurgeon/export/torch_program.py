@@ -23,6 +23,7 @@ from attnsurgeon.export.format import (
 from attnsurgeon.export.fresh import FreshProcess
 from attnsurgeon.export.inputs import Inputs, free_axes, on_cpu
 from attnsurgeon.export.onnx_dynamo import export_program
+from attnsurgeon.export.precision import HALVES, refuse_precision
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram  # 0.1 s that only an export need wait for
@@ -32,10 +33,15 @@ class _ProgramDraft(Draft):
     def __init__(self, program: ExportedProgram, metadata: Mapping[str, str]) -> None:
         self.program = program
         self.metadata = dict(metadata)
+        for node in program.graph.nodes:  # folders of this machine are nobody's business
+            node.meta.pop("stack_trace", None)
 
     def write(self, path: Path, gates: Mapping[str, Tensor]) -> None:
+        state = self.program.state_dict
         for name, value in gates.items():
-            self.program.state_dict[name] = nn.Parameter(value)  # the model keeps its own
+            old, new = state[name], nn.Parameter(value)  # the model keeps its own
+            # A module in two places has two names here, and the graph may read either.
+            state.update({other: new for other, held in state.items() if held is old})
         memory = io.BytesIO()  # by name, only one that ends in .pt2 is taken
         torch.export.save(self.program, memory, extra_files=self.metadata)
         path.write_bytes(memory.getbuffer())
@@ -52,10 +58,11 @@ class TorchProgram(Format):
         """Refuse settings of other formats.
 
         Raises:
-            ExportRefused: an opset, an exporter or freezing was asked for.
+            ExportRefused: an opset, an exporter, freezing or int8 was asked for.
         """
         refuse_onnx_settings(settings, ".pt2")
         refuse_optimize(settings, ".pt2")
+        refuse_precision(settings, ".pt2", ("fp32", *HALVES))
 
     def draft(
         self, model: nn.Module, inputs: Inputs, settings: Settings, metadata: Mapping[str, str]
@@ -74,13 +81,16 @@ class TorchProgram(Format):
         Raises:
             BadFile: it is no program of torch.export.
         """
+        values = {name: value.cpu() for name, value in (gates or {}).items()}
         try:
-            process = FreshProcess(path.name, "open_program", str(path), dict(gates or {}))
+            process = FreshProcess(path.name, "open_program", str(path.absolute()), values)
         except BadFile as error:
             raise BadFile(f"{path.name} is no program of torch.export: {error}") from error
+        shapes, precision = process.told
         return Opened(
             lambda inputs: process(on_cpu(inputs)),
-            fixed_axes=_fixed_axes(process.told),
+            fixed_axes=_fixed_axes(shapes),
+            precision=precision or "fp32",
         )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from attnsurgeon.export.format import (
 )
 from attnsurgeon.export.fresh import FreshProcess
 from attnsurgeon.export.inputs import Inputs, on_cpu, resized, size_of
+from attnsurgeon.export.precision import HALVES, refuse_precision
 
 NOTICE = (
     "TorchScript is deprecated as of torch 2.11: the file runs where torch.jit still is; "
@@ -115,9 +116,10 @@ class TorchScript(Format):
         """Refuse settings of other formats.
 
         Raises:
-            ExportRefused: an opset or an exporter was asked for.
+            ExportRefused: an opset, an exporter or int8 was asked for.
         """
         refuse_onnx_settings(settings, ".pt")
+        refuse_precision(settings, ".pt", ("fp32", *HALVES))
 
     def draft(
         self, model: nn.Module, inputs: Inputs, settings: Settings, metadata: Mapping[str, str]
@@ -139,10 +141,15 @@ class TorchScript(Format):
         Raises:
             BadFile: it is not TorchScript.
         """
-        process = FreshProcess(path.name, "open_torchscript", str(path), dict(gates or {}))
-        return Opened(lambda inputs: process(on_cpu(inputs)), holds=lambda t: _holds(path, t))
+        values = {name: value.cpu() for name, value in (gates or {}).items()}
+        process = FreshProcess(path.name, "open_torchscript", str(path.absolute()), values)
+        return Opened(
+            lambda inputs: process(on_cpu(inputs)),
+            holds=lambda values: _holds(path, values),
+            precision=process.told or "fp32",
+        )
 
-    def has_gates(self, path: Path) -> bool:
+    def has_gates(self, path: Path, gates: Collection[str]) -> bool:
         """Tell whether the file has parameters still: one that was frozen has none."""
         return any(True for _ in load_torchscript(path)[0].parameters())
 

@@ -58,29 +58,32 @@ def open_python(path: str, state: dict[str, Any]) -> Opened:
 
 
 def open_torchscript(path: str, values: dict[str, Any]) -> Opened:
-    """Return what runs a TorchScript file, with some of its parameters exchanged."""
+    """Return what runs a TorchScript file, some of its parameters exchanged, and its precision."""
     import torch
 
+    notes: dict[str, Any] = {"precision": ""}
     try:
-        module = torch.jit.load(path, map_location="cpu").eval()
+        module = torch.jit.load(path, map_location="cpu", _extra_files=notes).eval()
     except RuntimeError as error:
         if "torchvision::" not in str(error):
             raise
         import torchvision  # noqa: F401  (a detector needs its operators)
 
-        module = torch.jit.load(path, map_location="cpu").eval()
+        module = torch.jit.load(path, map_location="cpu", _extra_files=notes).eval()
     _set(module, values)
-    return _runner(module), None
+    told = notes["precision"]
+    return _runner(module), told.decode() if isinstance(told, bytes) else told
 
 
 def open_program(path: str, values: dict[str, Any]) -> Opened:
-    """Return what runs a program of torch.export, and the shapes that it tells of its inputs."""
+    """Return what runs a program of torch.export; the shapes of its inputs, and its precision."""
     import io
 
     import torch
 
+    notes = {"precision": ""}
     with open(path, "rb") as stream:  # noqa: PTH123
-        program = torch.export.load(io.BytesIO(stream.read()))
+        program = torch.export.load(io.BytesIO(stream.read()), extra_files=notes)
     module = program.module()
     _set(module, values)
     kinds = program.graph_signature.input_specs
@@ -90,13 +93,13 @@ def open_program(path: str, values: dict[str, Any]) -> Opened:
         for node in program.graph.nodes
         if node.op == "placeholder" and node.name in held and "val" in node.meta
     }
-    return _runner(module), shapes
+    return _runner(module), (shapes, notes["precision"])
 
 
 def _set(module: Any, values: dict[str, Any]) -> None:
     import torch
 
-    parameters = dict(module.named_parameters())
+    parameters = dict(module.named_parameters(remove_duplicate=False))
     with torch.no_grad():
         for name, value in values.items():
             parameters[name].copy_(value)

@@ -16,10 +16,11 @@ def show_artifact(artifact: Artifact) -> RenderableType:
     """Return every comparison with the model, and what was written."""
     axes = "batch, height and width free" if artifact.dynamic else "all axes fixed"
     opset = f", opset {artifact.opset}" if artifact.opset else ""
+    numbers = f" in {artifact.precision.name}" if artifact.precision else ""
     size = f"{artifact.bytes / 2**20:.1f} MiB"
     return Group(
         _table(artifact.output, artifact.checks),
-        Text(f"written  {artifact.output}: {artifact.format}{opset}, {size}, {axes}"),
+        Text(f"written  {artifact.output}: {artifact.format}{numbers}{opset}, {size}, {axes}"),
     )
 
 

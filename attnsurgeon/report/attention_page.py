@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from attnsurgeon.card import card_of
-from attnsurgeon.gate import named_gates
+from attnsurgeon.gate import gates_by_path
 from attnsurgeon.surgery import attention_paths
 from attnsurgeon.training.images import Photograph
 from attnsurgeon.training.maps import BRANCH, CONTEXT, SPATIAL, AttentionMap, watch_maps
@@ -118,11 +118,11 @@ def _title(found: AttentionMap) -> str:
 def _caption(model: nn.Module, found: AttentionMap) -> str:
     values = found.values[0]
     text = f"{values.min():.3g} to {values.max():.3g}"
-    gates = named_gates(model.get_submodule(found.cut.child))
-    own = gates.get(f"{found.name}.openness", next(iter(gates.values()), None))
+    gates = gates_by_path(model.get_submodule(found.cut.child))
+    own = gates.get(found.name, next(iter(gates.values()), None))
     if own is None:
         return text
-    flat = own.detach().flatten()
+    flat = torch.cat([tensor.detach().flatten() for tensor in own.values()])
     return f"{text}, gate {flat[flat.abs().argmax()].item():+.3f}"
 
 

@@ -12,6 +12,7 @@ from attnsurgeon import blocks
 from attnsurgeon.blocks.block import Place
 from attnsurgeon.blocks.own import announced
 from attnsurgeon.errors import first_line
+from attnsurgeon.gate import forms_of
 from attnsurgeon.report.table import new_table
 
 WIDTH = 256
@@ -51,6 +52,7 @@ def _describe(name: str) -> dict[str, Any]:
         "gates": gates,
         "layouts": list(block.layouts),
         "placements": list(block.placements),
+        "forms": forms_of(built),
         "options": {k: list(v) if isinstance(v, tuple) else v for k, v in options.items()},
     }
 

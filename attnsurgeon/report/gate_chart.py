@@ -46,7 +46,8 @@ def write_chart(
     values = [opening.openness for opening in openings]
     above.bar(places, values, color=[OPENED if value >= 0 else REVERSED for value in values])
     above.axhline(0, color=INK, linewidth=0.8)
-    above.set_ylabel("gate (0 closed, 1 as published)")
+    has_numbers = all(opening.cut.gate != "layer" for opening in openings)
+    above.set_ylabel(f"gate (0 closed{', 1 as published' if has_numbers else ''})")
     above.set_title(f"{Path(name).name}: how far the gates opened", loc="left", fontsize=11)
     below.bar(places, [100 * opening.change.relative for opening in openings], color="#8d99ae")
     below.set_ylabel("output moves, %")

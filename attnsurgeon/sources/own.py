@@ -185,6 +185,9 @@ def call_factory(factory: Any, arguments: Mapping[str, Any], name: str) -> nn.Mo
     except (Exception, SystemExit) as error:
         told = ", ".join(f"{key}={value!r}" for key, value in arguments.items())
         raise _raised(f"{name}({told})", error, file) from error
+    if inspect.iscoroutine(made):
+        made.close()  # or Python would warn that nobody awaited it
+        raise HostUnusable(f"{name} is async, and nothing awaits it here; write it without async")
     if not isinstance(made, nn.Module):
         kind = type(made).__name__
         raise HostUnusable(

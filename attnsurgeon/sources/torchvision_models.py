@@ -12,7 +12,7 @@ from torchvision.models import WeightsEnum, get_model_builder, get_model_weights
 
 from attnsurgeon.builder import build_network, without_memory
 from attnsurgeon.card import HostCard, give_card
-from attnsurgeon.errors import AttnSurgeonError, UnknownName
+from attnsurgeon.errors import AttnSurgeonError, BadOption, UnknownName
 from attnsurgeon.example import default_example
 from attnsurgeon.inputs import input_shapes
 
@@ -23,16 +23,25 @@ def knows(name: str) -> bool:
 
 
 def check(name: str, weights: str) -> None:
-    """Refuse a name that there is not.
+    """Refuse a name that there is not, and weights that cannot be operated on.
 
     Raises:
         UnknownName: no such model or weights.
+        BadOption: quantized weights.
     """
     if not knows(name):
         known = [*list_models(), "digits"]
         raise UnknownName("model", name, known, "; `attnsurgeon models` lists all")
-    if weights not in ("DEFAULT", "none"):
-        _find_weights(name, get_model_weights(name), weights)
+    members = get_model_weights(name)
+    if weights == "none":
+        return
+    chosen = _find_weights(name, members, weights)
+    if "unquantized" in chosen.meta:
+        raise BadOption(
+            f"the weights {chosen.name} of {name} are quantized, which cannot be operated on; take "
+            f"{name.removeprefix('quantized_')}, or give --checkpoint FILE with float weights, or "
+            "--weights none"
+        )
 
 
 def takes(name: str, argument: str) -> bool:
@@ -71,7 +80,7 @@ def _describe(
     preset = chosen.transforms() if chosen is not None else None
     channels = default_example(model, (1, 1)).shape[1]
     known = [chosen] if chosen is not None else list(get_model_weights(name))
-    shapes, is_list = input_shapes(name, model, channels, known)
+    shapes, is_list = input_shapes(name, model, channels, known, arguments)
     return HostCard(
         name=name,
         class_name=type(model).__name__,

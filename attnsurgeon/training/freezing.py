@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from attnsurgeon.arguments import typed
 from attnsurgeon.training.groups import NORMS, check_operated, inserted_modules
 
 
@@ -27,6 +28,7 @@ class _KeepsNormsInEval:
         return self.model
 
 
+@typed
 def freeze_host(model: nn.Module, norms: bool = True) -> nn.Module:
     """Let only the attention and its gates learn, in this very model; it is returned.
 
@@ -52,6 +54,7 @@ def freeze_host(model: nn.Module, norms: bool = True) -> nn.Module:
     return model
 
 
+@typed
 def unfreeze_host(model: nn.Module) -> nn.Module:
     """Let everything learn again, as after a warm-up of the attention; the model is returned."""
     for parameter in _host_parameters(model):

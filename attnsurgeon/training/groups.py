@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from attnsurgeon.arguments import typed
 from attnsurgeon.blocks.block import AttentionBlock
 from attnsurgeon.errors import BadOption, HostUnusable, OptimizerMismatch
-from attnsurgeon.gate import named_gates
+from attnsurgeon.gate import gate_numbers
 
 NORMS = (
     nn.modules.batchnorm._BatchNorm,
@@ -21,6 +22,7 @@ NORMS = (
 """What torchvision's training recipe counts as a norm."""
 
 
+@typed
 def parameter_groups(
     model: nn.Module,
     *,
@@ -43,7 +45,8 @@ def parameter_groups(
         model: an operated network.
         lr: of the host's parameters.
         attention_lr: of what was inserted; `lr` by default.
-        gate_lr: of the gates; `attention_lr` by default. Gates are never decayed.
+        gate_lr: of the gates; `attention_lr` by default. Gates are never decayed. Last layers
+            that are gates themselves (the form `layer`) belong to the attention.
         weight_decay: of everything that has none of its own.
         norm_weight_decay: of norms; `weight_decay` by default.
         bias_weight_decay: of biases; `weight_decay` by default.
@@ -88,7 +91,7 @@ def check_operated(model: nn.Module) -> None:
 
 def _assign(model: nn.Module, kinds: set[str]) -> dict[str, list[nn.Parameter]]:
     """Return group name -> trainable parameters; `kinds` has a decay of its own."""
-    gates = {id(gate) for gate in named_gates(model).values()}
+    gates = {id(gate) for gate in gate_numbers(model).values()}
     inserted = inserted_modules(model)
     members: dict[str, list[nn.Parameter]] = {}
     seen: set[int] = set()
@@ -120,6 +123,7 @@ def inserted_modules(model: nn.Module) -> set[int]:
     }
 
 
+@typed
 def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     """Refuse an optimiser that would not train this model: made before the surgery, say.
 
@@ -145,7 +149,7 @@ def check_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
             f"{type(model).__name__}'s; {remedy}"
         )
     decayed = {id(p) for group in groups if group.get("weight_decay") for p in group["params"]}
-    gates = [name for name, gate in named_gates(model).items() if id(gate) in decayed]
+    gates = [name for name, gate in gate_numbers(model).items() if id(gate) in decayed]
     if gates:
         raise OptimizerMismatch(
             f"this {kind} decays {len(gates)} gates, the first {gates[0]}, which closes what "

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from attnsurgeon.blocks.global_context import ContextPool
 from attnsurgeon.blocks.non_local import NonLocal
 from attnsurgeon.borrow import borrowed_buffers, borrowed_modes
-from attnsurgeon.gate import Gate
+from attnsurgeon.gate import Gate, LayerGate
 from attnsurgeon.plan import Cut
 from attnsurgeon.surgery import cuts_of
 from attnsurgeon.training.stripping import Ungated
@@ -79,7 +79,7 @@ def watch_maps(model: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, list[Att
         for cut in cuts_of(model):
             for name, module in model.get_submodule(cut.child).named_modules():
                 seen = caught.setdefault((cut.child, name), [])
-                if isinstance(module, Gate | Ungated):
+                if isinstance(module, Gate | LayerGate | Ungated):
                     lent.enter_context(_overheard(module, seen))
                 elif type(module) in MASKS:
                     lent.enter_context(_masked(module, MASKS[type(module)], seen))

@@ -40,7 +40,8 @@ class Opening:
 
     Attributes:
         cut: where it stands.
-        gates: name inside the block -> value; of a gate with several numbers the furthest.
+        gates: name inside the block -> value; of several numbers, as of a last layer that is the
+            gate, the one furthest from 0.
         variation: standard deviation of its maps over the images, over their mean magnitude:
             0 for attention that is the same for all images and only rescales.
         change: of the output when this attention alone is closed.
@@ -64,6 +65,7 @@ class Opening:
             "block": self.cut.block,
             "placement": self.cut.placement,
             "gates": dict(self.gates),
+            "form": self.cut.gate,
             "openness": abs(value),
             "sign": (value > 0) - (value < 0),
             "variation": self.variation,

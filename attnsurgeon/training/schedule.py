@@ -11,11 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnsurgeon.arguments import typed
 from attnsurgeon.blocks.block import AttentionBlock
 from attnsurgeon.errors import BadOption, GateLost, HostUnusable
-from attnsurgeon.gate import named_gates
+from attnsurgeon.gate import gate_numbers, named_gates
 
 
+@typed
 def project_gates(model: nn.Module) -> None:
     """Put the gates that mix branches (SK's) back into [0, 1]; call it after each step.
 
@@ -43,9 +45,10 @@ class GateSchedule:
 
     Raises:
         HostUnusable: the model has no gates.
-        BadOption: numbers of steps that are not positive.
+        BadOption: numbers of steps that are not positive; annealing of gates without a number.
     """
 
+    @typed
     def __init__(
         self,
         model: nn.Module,
@@ -63,6 +66,12 @@ class GateSchedule:
         self.gates = named_gates(model)
         if not self.gates:
             raise HostUnusable(f"this {type(model).__name__} has no gates; insert_attention first")
+        self.numbers = gate_numbers(model)
+        if anneal is not None and not self.numbers:
+            raise BadOption(
+                "gates of the form 'layer' have no number to lead to 1: leave anneal out; they are "
+                "the published block at every step, times 2 where it multiplies"
+            )
         self.anneal = anneal
         self.delay = delay
         self.check_every = check_every
@@ -87,7 +96,7 @@ class GateSchedule:
             self.check()
 
     def _lead(self, share: float) -> None:
-        for name, gate in self.gates.items():
+        for name, gate in self.numbers.items():
             own = _own_part(gate)
             if share >= 1:
                 own.fill_(1)

@@ -7,8 +7,9 @@ from collections.abc import Iterable
 
 from torch import Tensor, nn
 
+from attnsurgeon.arguments import typed
 from attnsurgeon.errors import BadFile, HostUnusable
-from attnsurgeon.gate import Gate, named_gates
+from attnsurgeon.gate import CentredGate, Gate, gate_numbers, named_gates
 from attnsurgeon.surgery import cuts_of
 
 
@@ -24,6 +25,15 @@ class Ungated(nn.Module):
         return term.to(features.dtype)
 
 
+class UngatedTwice(Ungated):
+    """Stands where a gate of the form `centred` stood at 1: lets twice the map through."""
+
+    def forward(self, attention: Tensor, features: Tensor) -> Tensor:
+        """Return twice the map in the dtype of the features it will multiply."""
+        return (2 * attention).to(features.dtype)
+
+
+@typed
 def strip_gates(model: nn.Module) -> nn.Module:
     """Return a copy whose gates, all exactly 1, are gone: the published blocks, bitwise equal.
 
@@ -33,9 +43,10 @@ def strip_gates(model: nn.Module) -> nn.Module:
     Raises:
         HostUnusable: a gate is not at 1, or there is none; GateSchedule(anneal=...) leads there.
     """
-    gates = named_gates(model)
+    gates = gate_numbers(model)
     if not gates or not cuts_of(model):
-        raise HostUnusable(f"this {type(model).__name__} has no gates to strip")
+        why = "its gates are its last layers, without a number" if named_gates(model) else ""
+        raise HostUnusable(f"this {type(model).__name__} has no gates to strip{why and f': {why}'}")
     apart = [name for name, gate in gates.items() if not bool((gate == 1).all())]
     if apart:
         value = gates[apart[0]].flatten()[0].item()
@@ -61,7 +72,8 @@ def take_gates(model: nn.Module, children: Iterable[str]) -> None:
         for module in model.get_submodule(child).modules():
             for name, inner in module.named_children():
                 if isinstance(inner, Gate):
-                    setattr(module, name, Ungated().train(inner.training))
+                    kind = UngatedTwice if isinstance(inner, CentredGate) else Ungated
+                    setattr(module, name, kind().train(inner.training))
 
 
 def ungated(model: nn.Module) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """How long it takes to watch every network of torchvision, and the operation in each of them.
 
 Prints the processor seconds that watching takes, for each network and in all; then operates on the
-networks that the tests leave out, unless --watch is given.
+networks that the tests leave out, unless --watch is given. Names choose among these.
 """
 
 from __future__ import annotations
@@ -33,16 +33,19 @@ def watch_all() -> float:
     return total
 
 
-def operate_on_the_others() -> None:
-    """Insert at every site of the networks that the tests leave out, the largest included."""
+def operate_on(names: list[str]) -> None:
+    """Insert at every site of some networks; by default of all that the tests leave out."""
     tests: Any = importlib.import_module("tests.test_every_host")
-    for name in tests.OTHERS:
+    for name in names or tests.LARGE:
         start = time.process_time()
         tests.operate_everywhere(name)
-        print(f"{name:40} exact, alive, removed again  {time.process_time() - start:6.1f} s")
+        spent = time.process_time() - start
+        print(f"{name:40} exact, alive, removed again  {spent:6.1f} s", flush=True)
 
 
 if __name__ == "__main__":
-    watch_all()
+    chosen = [word for word in sys.argv[1:] if not word.startswith("-")]
+    if not chosen:
+        watch_all()
     if "--watch" not in sys.argv:
-        operate_on_the_others()
+        operate_on(chosen)

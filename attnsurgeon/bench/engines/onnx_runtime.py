@@ -105,6 +105,7 @@ def _runner(target: Target, inputs: Inputs, place: Place, provider: str) -> Runn
             provider=provider,
             device=place.device.index or 0,
             allow_tf32=place.precision == "tf32",
+            patches=target.patches,
             **extra,
         )
         check_assigned(session, provider)
