@@ -1,4 +1,7 @@
-"""What detectors find is compared as a set: only an order made by rounding is free."""
+"""What detectors find is compared as a set: only an order made by rounding is free.
+
+Those of torchvision are tried by tests/benchmarks/detectors.py.
+"""
 
 import copy
 
@@ -9,12 +12,11 @@ from torchvision.ops import batched_nms
 
 import attnsurgeon
 from attnsurgeon.errors import ExportDiffers, ExportRefused
-from attnsurgeon.export import lending
+from attnsurgeon.export import lending, verify_export
 from attnsurgeon.export import onnx as onnx_format
 from attnsurgeon.export.detections import Detections, outputs_of
 from attnsurgeon.export.inputs import resized, size_of
 from attnsurgeon.export.proof import compare_outputs
-from attnsurgeon.host import load_host
 from tests import exports
 from tests.exports import Planted, shift_a_weight
 
@@ -41,6 +43,15 @@ class Detector(nn.Module):
         boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
         kept = batched_nms(boxes, scores, labels, 0.5)
         return {"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]}
+
+
+class Ranked(Detector):
+    """Every place of the grid is an object, of one kind: nothing hangs on rounding."""
+
+    def find(self, features: torch.Tensor):
+        boxes = self.boxes(features)[0].flatten(1).t()
+        scores = self.scores(features)[0, 0].flatten()
+        return {"boxes": boxes, "scores": scores, "labels": torch.zeros_like(scores).long()}
 
 
 def detector():
@@ -178,6 +189,26 @@ class TestLending:
         )
         assert [check.gates for check in made.checks] == ["closed"] * 3 + ["open"] * 3
 
+    def test_in_other_numbers(self, tmp_path):
+        """What is lent to the model is lent to its cast copy too, and the file holds it cast."""
+        torch.manual_seed(0)
+        model = attnsurgeon.insert_attention(
+            Ranked().eval(), "se", example=(IMAGES,), at="features.1", reduction=4
+        )
+        nn.init.zeros_(model.scores.weight)
+        path = tmp_path / "x.pt"
+        made = attnsurgeon.export_model(model, path, example=IMAGES, precision="fp16")
+        assert [check.gates for check in made.checks] == ["closed"] * 3 + ["open"] * 3
+        assert "held random numbers" in made.notices[-1]
+        assert len(verify_export(path, model).checks) == 6
+
+    def test_a_classifier_runs_no_more_often(self, monkeypatch):
+        monkeypatch.setattr(lending, "run_with_gates", None)
+        model, batches = nn.Linear(2, 2), [(torch.zeros(1, 2),)]
+        assert lending.steady(model, {}, batches[0]) is batches[0]
+        with lending.lent_to(model, batches, set) as lent:
+            assert lent == {}
+
     def test_images_are_redrawn_until_rounding_decides_nothing(self, monkeypatch):
         model, moved = detector(), iter([1.0, 1e-5, 0.5, 1e-7, 0.0])
 
@@ -196,12 +227,3 @@ def test_every_second_image_lies_on_its_side():
     (images,) = resized((IMAGES,), 2, (64, 96))
     assert [tuple(image.shape) for image in images] == [(3, 64, 96), (3, 96, 64)]
     assert size_of((images,)) == (64, 96)
-
-
-def test_a_detector_of_torchvision(tmp_path):
-    """All twelve are tried by tests/benchmarks/detectors.py; this is the one soonest done."""
-    torch.manual_seed(0)
-    arguments = {"min_size": 64, "max_size": 96, "num_classes": 3}
-    model = load_host("fasterrcnn_mobilenet_v3_large_320_fpn", weights="none", arguments=arguments)
-    made = attnsurgeon.export_model(model, tmp_path / "x.onnx", exporter="torchscript")
-    assert [check.passed for check in made.checks] == [True] * 3

@@ -21,7 +21,8 @@ SPY = "import os, sys\ndef build():\n    {}\n"
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     for suffix in (".pt", ".pt2"):
-        attnsurgeon.export_model(exports.tiny(), folder / f"x{suffix}", example=exports.EXAMPLE)
+        path = folder / f"x{suffix}"
+        attnsurgeon.export_model(exports.tiny(), path, example=exports.EXAMPLE, static=True)
     return folder
 
 
@@ -33,8 +34,8 @@ def test_this_process_does_not_run_the_file(files, monkeypatch, suffix):
     monkeypatch.setattr(torch.jit, "load", fail)
     monkeypatch.setattr(torch.export, "load", fail)
     opened = format_for(f"x{suffix}").open(files / f"x{suffix}")
-    (logits,) = opened((torch.zeros(2, 3, 32, 32),))
-    assert logits.shape == (2, 10)
+    (logits,) = opened((torch.zeros(1, 3, 32, 32),))
+    assert logits.shape == (1, 10)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pt2"])
