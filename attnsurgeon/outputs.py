@@ -76,6 +76,37 @@ def atomic_output(path: str | os.PathLike[str], *, force: bool = False) -> Itera
         part.unlink(missing_ok=True)
 
 
+@contextmanager
+def atomic_outputs(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
+    """Yield a path of the same name in a folder beside the target; whatever is written there moves.
+
+    That is the target, and files beside it whose names begin with its own. The target comes last.
+    On any failure, an interrupt included, nothing is left and what was there before still is.
+
+    Raises:
+        OutputRefused: see check_output; or the disk is full or the write failed otherwise.
+    """
+    target = check_output(path, force=force)
+    folder = target.with_name(f".attnsurgeon-{secrets.token_hex(8)}.part")
+    try:
+        folder.mkdir()
+        yield folder / target.name
+        made = sorted(folder.iterdir(), key=lambda file: file.name == target.name)
+        for file in made:
+            _flush(file)
+            check_output(target.with_name(file.name), force=force)  # it may have appeared
+        for file in made:
+            file.replace(target.with_name(file.name))
+    except OutputRefused:
+        raise
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR) and folder.parent.is_dir():
+            raise  # a file that somebody else was to make: our bug
+        raise _refusal(target, error) from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def _refusal(target: Path, error: Exception) -> OutputRefused:
     room = ""
     with suppress(OSError):  # the folder may be gone

@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 from attnsurgeon.cli import app
+from attnsurgeon.export.fresh import ready_process
 from attnsurgeon.export.onnx import write_onnx
 from attnsurgeon.export.torchscript import make_torchscript
 from tests.networks import SIZES, Tiny
@@ -40,6 +41,13 @@ class Outcome:
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_process_for_files(_one_thread):
+    """Open the .pt and .pt2 files of all exports in one process, which imports torch once."""
+    with ready_process("torch"):
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -378,7 +378,9 @@ class TestFiles:
 
     def test_a_recipe_without_one_of_its_keys(self, refused, folder, digits_file):
         recipe = _recipe(digits_file)
-        for key in recipe:
+        for key in recipe.keys() - {
+            "gate"
+        }:  # files without it were written before there were forms
             less = {name: value for name, value in recipe.items() if name != key}
             refused("sites", _with_recipe(digits_file, less), says=["recipe", key])
             (folder / "x.safetensors").unlink()

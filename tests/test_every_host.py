@@ -22,10 +22,7 @@ ROWS = survey.shipped_rows()
 NAMES = sorted(set(host_names()) - {DIGITS})
 
 
-LARGEST = sorted(NAMES, key=lambda name: ROWS[name].parameters)[-6:]
-SLOW = re.compile("mvit|s3d|ssd300")
-"""Those that take nothing but a full clip, or choose among thousands of boxes."""
-LARGE = sorted({*LARGEST, *filter(SLOW.match, NAMES)})
+LARGE = sorted(NAMES, key=lambda name: ROWS[name].parameters)[-6:]
 """Left to `pytest -m large` and to tests/benchmarks/every_host.py."""
 WANTED = (("se", "post"), ("se", "standard"), ("gc", "standard"))
 

@@ -184,11 +184,6 @@ class TestRefused:
         with pytest.raises(HostUnusable, match="8x8"):
             attnsurgeon.export_model(model, tmp_path / "x.onnx", input_size=(8, 8))
 
-    def test_too_large_for_one_file(self, operated, tmp_path, monkeypatch):
-        monkeypatch.setattr(onnx_format, "MOST_BYTES", 2**12)
-        with pytest.raises(ExportRefused, match="export it to .pt"):
-            attnsurgeon.export_model(operated, tmp_path / "x.onnx")
-
     @pytest.mark.parametrize("bad", ["0.5.0", "0.5.6"])
     def test_known_bad_onnxscript(self, operated, tmp_path, monkeypatch, bad):
         monkeypatch.setattr(onnx_format, "version", lambda name: bad)

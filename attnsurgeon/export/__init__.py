@@ -10,6 +10,7 @@ import json
 import os
 import pkgutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from attnsurgeon.card import HostCard, card_of
 from attnsurgeon.errors import BadOption, ExportDiffers
 from attnsurgeon.export.against import Agreement, verify_export
 from attnsurgeon.export.format import Settings, format_for, formats
+from attnsurgeon.export.fresh import ready_process
 from attnsurgeon.export.images import Photographs
 from attnsurgeon.export.inputs import Inputs, example_inputs, resized, size_of, trials
 from attnsurgeon.export.onnx_int8 import Int8Draft
@@ -29,7 +31,7 @@ from attnsurgeon.export.proof import Check, gate_values
 from attnsurgeon.export.prove import prove
 from attnsurgeon.export.strip import strip_decided
 from attnsurgeon.gate import gate_numbers, named_gates
-from attnsurgeon.outputs import atomic_output
+from attnsurgeon.outputs import atomic_outputs
 from attnsurgeon.store import make_recipe
 from attnsurgeon.surgery import cuts_of
 
@@ -46,7 +48,7 @@ class Artifact:
     Attributes:
         output: its path.
         format: onnx, torchscript, torch.export or python.
-        bytes: its size.
+        bytes: its size, with that of a second file where the weights need one.
         opset: of an ONNX file.
         dynamic: whether batch, height and width are free.
         checks: every comparison with the model, from disk.
@@ -160,7 +162,8 @@ def export_model(
         model, stripped = strip_decided(model, inputs)
         told = (stripped,)
     metadata = {**_metadata(model, inputs), "precision": chosen.name}
-    with atomic_output(output, force=force) as part:
+    meanwhile = ready_process(kind.needs) if kind.needs else nullcontext()
+    with meanwhile, atomic_outputs(output, force=force) as part:
         progress(f"translating to {kind.name}")
         pair = resized(inputs, 1 if static else 2, size_of(inputs))  # 1 would be a constant
         cast = lowered(model, chosen, pair) if chosen.name in HALVES and precision else None
@@ -173,12 +176,15 @@ def export_model(
                 progress("checking it before it is quantized")
                 draft.write(part, gates)
                 prove(kind.name, kind.open, None, part, model, batches, settings, lambda _: None)
+                for file in list(part.parent.iterdir()):  # int8 may need one only
+                    file.unlink()
                 draft = Int8Draft(draft, photographs.images)
                 batches = photographs.in_place_of(batches)
                 notices = (*notices, photographs.notice)
                 progress(f"quantizing it on {len(photographs.images)} images")
             draft.write(part, gates)
-            size, read = part.stat().st_size, draft.reader or kind.open
+            size = sum(file.stat().st_size for file in part.parent.iterdir())
+            read = draft.reader or kind.open
             twin = draft if draft.folds_gates else None
             del draft  # its weights need not stand in memory beside those that are read
             proof = prove(
@@ -187,7 +193,7 @@ def export_model(
         except ExportDiffers as error:
             if not keep_rejected:
                 raise
-            raise _kept(error, part, f"{os.fspath(output)}.rejected") from error
+            raise _kept(error, part, output) from error
     return Artifact(
         output=str(output),
         format=kind.name,
@@ -200,9 +206,11 @@ def export_model(
     )
 
 
-def _kept(error: ExportDiffers, part: Path, rejected: str) -> ExportDiffers:
-    """Keep a file that differs under another name, and return the error that says so."""
-    part.replace(rejected)
+def _kept(error: ExportDiffers, part: Path, output: str | os.PathLike[str]) -> ExportDiffers:
+    """Keep what differs under other names, and return the error that says so."""
+    rejected = f"{os.fspath(output)}.rejected"
+    for file in part.parent.iterdir():
+        file.replace(Path(output).with_name(f"{file.name}.rejected"))
     return ExportDiffers(str(error).replace("nothing was kept", f"it was kept as {rejected!r}"))
 
 

@@ -15,6 +15,7 @@ from attnsurgeon.errors import BadFile, BadOption, ExportDiffers
 from attnsurgeon.export.format import Opened, format_for
 from attnsurgeon.export.images import image_files, read_images
 from attnsurgeon.export.inputs import example_inputs, size_of, tensors_of, trials
+from attnsurgeon.export.lending import lent_to, steady
 from attnsurgeon.export.opening import open_gates
 from attnsurgeon.export.precision import (
     HALVES,
@@ -79,14 +80,18 @@ def verify_export(
     precision = _precision_of(opened, file)
     if precision.name == "int8" and images is not None:
         batches = []  # the photographs show what it was calibrated for; noise is something else
-    checks = check_file(opened.run, model, own, label, batches, precision)
-    if own and kind.has_gates(file, own):
-        smallest = min(batches, key=lambda b: tensors_of(b)[0].numel())
-        is_own = precision.name not in HALVES or precision_of(model, None) == precision
-        cast = None if is_own else lowered(model, precision, inputs)
-        values = open_gates(model, smallest, precision, cast).values
-        run = kind.open(file, precision.cast_gates(values)).run
-        checks += check_file(run, model, values, "open", batches, precision)
+    with lent_to(model, batches, lambda own: opened.holds(precision.cast_gates(own))) as lent:
+        run = kind.open(file, precision.cast_gates(lent)).run if lent else opened.run
+        drawn = [steady(model, own, batch) for batch in batches]
+        checks = check_file(run, model, own, label, drawn, precision)
+        if own and kind.has_gates(file, own):
+            smallest = min(batches, key=lambda b: tensors_of(b)[0].numel())
+            is_own = precision.name not in HALVES or precision_of(model, None) == precision
+            cast = None if is_own else lowered(model, precision, inputs)  # with what is lent
+            values = open_gates(model, smallest, precision, cast).values
+            run = kind.open(file, precision.cast_gates({**values, **lent})).run
+            drawn = [steady(model, values, batch) for batch in batches]
+            checks += check_file(run, model, values, "open", drawn, precision)
     seen: dict[str, str] = {}
     if images is not None:
         if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or inputs[0].shape[1] != 3:

@@ -31,12 +31,14 @@ class Opened:
         run: runs it.
         opset: the opset that the file asks for, if the format has such a thing.
         fixed_axes: the input axes that the file fixes, as far as it says.
+        holds: tells which of these tensors the file has, by their names and byte for byte.
         precision: that of its numbers, by what it says itself.
     """
 
     run: Runner
     opset: int | None = None
     fixed_axes: tuple[str, ...] = ()
+    holds: Callable[[Mapping[str, Tensor]], set[str]] = lambda tensors: set()
     precision: str = "fp32"
 
     def __call__(self, inputs: Inputs) -> list[Tensor]:
@@ -101,6 +103,8 @@ class Format(ABC):
     """One export format; a subclass per file in this folder, registered under its suffix."""
 
     name: ClassVar[str]
+    needs: ClassVar[str | None] = None
+    """A module that takes long to import for whoever runs the file: it is imported meanwhile."""
 
     @abstractmethod
     def check(self, settings: Settings) -> None:

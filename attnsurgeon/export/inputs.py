@@ -53,18 +53,28 @@ def size_of(inputs: Inputs) -> tuple[int, int]:
 
 
 def resized(inputs: Inputs, batch: int, size: tuple[int, int]) -> Inputs:
-    """Return random inputs of the same kinds, of another batch and size; a list stays as long."""
+    """Return random inputs of the same kinds, of another batch and size.
 
-    def make(part: Tensor) -> Tensor:
+    A list of images stays as long; every second image lies on its side.
+    """
+
+    def make(part: Tensor, shape_of: tuple[int, int] = size) -> Tensor:
         axes = free_axes(part.ndim)
-        wanted = {"batch": batch, "height": size[0], "width": size[1]}
+        wanted = {"batch": batch, "height": shape_of[0], "width": shape_of[1]}
         shape = [wanted[axes[i]] if i in axes else n for i, n in enumerate(part.shape)]
         values = torch.randn(shape) if part.dtype.is_floating_point else torch.ones(shape)
         return values.to(part.device, part.dtype)
 
+    def lying(part: Tensor) -> Tensor:
+        return make(part, size[::-1])
+
     with borrowed_randomness(batch):
-        made: Inputs = tree_map_only(Tensor, make, inputs)
-    return made
+        return tuple(
+            [tree_map_only(Tensor, lying if i % 2 else make, image) for i, image in enumerate(part)]
+            if isinstance(part, list)
+            else tree_map_only(Tensor, make, part)
+            for part in inputs
+        )
 
 
 def example_inputs(model: nn.Module, example: Any, size: tuple[int, int] | None) -> Inputs:

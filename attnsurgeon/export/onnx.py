@@ -18,6 +18,7 @@ from attnsurgeon.export.fresh import FreshProcess
 from attnsurgeon.export.inputs import Inputs, tensors_of
 from attnsurgeon.export.last_norms import last_norms_written_out
 from attnsurgeon.export.onnx_file import read_file, write_file
+from attnsurgeon.export.onnx_mend import mend
 from attnsurgeon.export.onnx_runtime import newest_ir, newest_opset
 from attnsurgeon.export.onnx_shapes import write_constant_shapes
 from attnsurgeon.export.pools import rewrite_pools
@@ -25,9 +26,6 @@ from attnsurgeon.export.precision import refuse_precision
 from attnsurgeon.gate import named_gates
 
 EXPORTERS = ("auto", "dynamo", "torchscript")
-
-MOST_BYTES = 2**31
-"""An ONNX file is one protobuf message, which cannot be larger."""
 
 _WRONG_ONNXSCRIPT = {f"0.5.{patch}" for patch in range(7)}
 _TOO_OLD = "opset {} was written by the TorchScript-based exporter: the newer one has none so old"
@@ -85,20 +83,6 @@ def write_onnx(
     draft.write(path, {name: gate.detach() for name, gate in named_gates(model).items()})
 
 
-def _check_bytes(model: nn.Module) -> None:
-    """Refuse weights that do not fit into one ONNX file.
-
-    Raises:
-        ExportRefused: 2 GiB or more, the limit of the format's encoding.
-    """
-    held = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
-    if held >= MOST_BYTES:
-        raise ExportRefused(
-            f"{type(model).__name__} holds {held / 2**30:.1f} GiB and one ONNX file less than 2; "
-            "export it to .pt"
-        )
-
-
 def _check_numbers(model: nn.Module) -> None:
     """Refuse weights that ONNX Runtime cannot compute with on the CPU, where files are checked.
 
@@ -141,7 +125,7 @@ class _OnnxDraft(Draft):
             initializer = self.model.graph.initializers[name]
             initializer.const_value = onnx_ir.tensor(value.detach().cpu().numpy(), name=name)
         self.model.metadata_props.update(self.metadata)
-        write_file(self.model, path)
+        write_file(self.model, path, gates)
 
 
 @contextmanager
@@ -197,7 +181,6 @@ class Onnx(Format):
             ExportRefused: the exporter cannot take the network, or not with free axes.
         """
         self.check(settings)
-        _check_bytes(model)
         _check_numbers(model)
         with last_norms_written_out(model):
             translated, notices = _translate(model, inputs, settings)
@@ -223,7 +206,9 @@ class Onnx(Format):
             onnx.checker.check_model(str(path), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise BadFile(f"{path.name} is no ONNX file that can be run: {error}") from error
-        process = FreshProcess(path.name, "open_onnx", str(path), file.patches(gates or {}))
+        process = FreshProcess(
+            path.name, "open_onnx", str(path.absolute()), file.patches(gates or {})
+        )
 
         def run(inputs: Inputs) -> list[Tensor]:
             arrays = process([part.detach().cpu().numpy() for part in tensors_of(inputs)])
@@ -233,6 +218,7 @@ class Onnx(Format):
             run,
             opset=file.opset,
             fixed_axes=tuple(file.fixed_axes),
+            holds=file.holds,
             precision=file.notes.get("precision", "fp32"),
         )
 
@@ -274,6 +260,7 @@ def _optimize(model: Any, opset: int | None) -> None:
     from onnxscript import optimizer, version_converter
 
     optimizer.optimize_ir(model)
+    mend(model)
     if opset is not None and opset != model.opset_imports.get(""):
         version_converter.convert_version(model, opset, fallback=True)
 

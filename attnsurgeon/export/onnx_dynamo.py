@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import io
 import logging
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
 import torch
@@ -92,11 +93,12 @@ def export_program(
 
 @contextmanager
 def logs_held_back() -> Iterator[None]:
-    """Keep torch from logging the whole graph of what it refuses: the error says why."""
+    """Keep torch from telling the whole graph of what it refuses: the error says why."""
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        yield
+        with redirect_stderr(io.StringIO()):
+            yield
     finally:
         logging.disable(before)
 

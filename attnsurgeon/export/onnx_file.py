@@ -3,15 +3,18 @@
 An ONNX file is one protobuf message. Made as a whole, its weights stand in memory four times; here
 they pass through one at a time. The wire format: a message is a row of fields, each a key (number
 and kind), and, for those of bytes, a length before them. Field numbers are those of onnx.proto.
+
+A message has less than 2 GiB. Where the weights need more, they lie in a second file, `OUT.data`
+beside `OUT`, and the message tells where; small tensors stay in the message, gates of any size too.
 """
 
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -24,6 +27,15 @@ if TYPE_CHECKING:
 
 _GRAPH, _INITIALIZER = 7, 5
 _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW = 2, 8, 9
+
+MOST_BYTES = 2**31 - 1
+"""The largest message that protobuf reads."""
+SMALL_BYTES = 1024
+"""Tensors up to this stay in the message."""
+ALIGNMENT = 4096
+"""Where tensors begin in the second file: at a page, so that runtimes can map them."""
+DATA = ".data"
+
 _VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5
 
 _FLOATS = {1: torch.float32, 10: torch.float16, 11: torch.float64, 16: torch.bfloat16}
@@ -33,8 +45,14 @@ Patch = tuple[int, bytes]
 """Where in a file other bytes go, and these bytes."""
 
 
-def write_file(model: Any, path: Path) -> None:
-    """Write an onnx_ir.Model to one file; the model stays as it is."""
+def write_file(model: Any, path: Path, inside: Collection[str] = ()) -> None:
+    """Write an onnx_ir.Model to one file, or two where one cannot hold it; it stays as it is.
+
+    Args:
+        model: to be written.
+        path: of the file; a second one lies beside it.
+        inside: names of tensors that stay in the first one, whatever their size.
+    """
     import onnx_ir
 
     tensors = dict(model.graph.initializers)
@@ -46,17 +64,57 @@ def write_file(model: Any, path: Path) -> None:
     graph = rest.graph.SerializeToString()
     rest.ClearField("graph")
     values = [value.const_value for value in tensors.values()]
-    heads = [_head_of(value, name) for name, value in zip(tensors, values, strict=True)]
-    sizes = [len(head) + value.nbytes for head, value in zip(heads, values, strict=True)]
+    heads = sum(len(name) + 64 for name in tensors)
+    held = len(graph) + heads + sum(value.nbytes for value in values)
+    large = {name: value for name, value in tensors.items() if name not in inside}
+    outside = _outside(large, path.name + DATA) if held > MOST_BYTES else {}
+    messages = [
+        outside[name].SerializeToString() if name in outside else _head_of(value, name)
+        for name, value in zip(tensors, values, strict=True)
+    ]
+    kept = [0 if name in outside else v.nbytes for name, v in zip(tensors, values, strict=True)]
+    sizes = [len(message) + size for message, size in zip(messages, kept, strict=True)]
     framed = [_key(_INITIALIZER) + _varint(size) for size in sizes]
     with path.open("wb") as stream:
         stream.write(rest.SerializeToString())
         stream.write(_key(_GRAPH) + _varint(len(graph) + sum(map(len, framed)) + sum(sizes)))
         stream.write(graph)
-        for frame, head, value in zip(framed, heads, values, strict=True):
+        for frame, message, size, value in zip(framed, messages, kept, values, strict=True):
             stream.write(frame)
-            stream.write(head)
-            stream.write(value.tobytes())
+            stream.write(message)
+            if size:
+                stream.write(value.tobytes())
+    if outside:
+        _write_data(path.with_name(path.name + DATA), outside, tensors)
+
+
+def _outside(tensors: Mapping[str, Any], location: str) -> dict[str, onnx.TensorProto]:
+    """Return, for each tensor that goes to the second file, the message that tells where it is."""
+    import onnx
+
+    found, offset = {}, 0
+    for name, value in tensors.items():
+        tensor = value.const_value
+        if tensor.nbytes <= SMALL_BYTES:
+            continue
+        proto = onnx.TensorProto(
+            name=name, data_type=tensor.dtype.value, dims=list(tensor.shape.numpy())
+        )
+        proto.data_location = onnx.TensorProto.EXTERNAL
+        where = {"location": location, "offset": str(offset), "length": str(tensor.nbytes)}
+        for key, text in where.items():
+            proto.external_data.add(key=key, value=text)
+        found[name] = proto
+        offset += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+    return found
+
+
+def _write_data(path: Path, outside: Iterable[str], tensors: Mapping[str, Any]) -> None:
+    with path.open("wb") as stream:
+        for name in outside:
+            raw = tensors[name].const_value.tobytes()
+            stream.write(raw)
+            stream.write(bytes(-len(raw) % ALIGNMENT))
 
 
 def _head_of(tensor: Any, name: str) -> bytes:
@@ -77,7 +135,8 @@ class OnnxFile:
     Attributes:
         path: of the file.
         header: the message without the tensors of its graph.
-        spots: name of a tensor -> first and last byte of its values in the file.
+        spots: name of a tensor -> first and last byte of its values in the file; none where they
+            lie in a second one.
         kinds: name of a tensor -> number of its ONNX data type.
     """
 
@@ -130,12 +189,22 @@ class OnnxFile:
         """
         found = []
         for name, value in values.items():
-            raw = value.detach().cpu().flatten().view(torch.uint8).numpy().tobytes()
+            raw = _bytes_of(value)
             start, end = self.spots.get(name, (0, 0))
             if end - start != len(raw):
                 raise BadFile(f"{self.path.name} has no tensor {name!r} of {len(raw)} bytes")
             found.append((start, raw))
         return found
+
+    def holds(self, values: Mapping[str, Tensor]) -> set[str]:
+        """Return which of these tensors the file has, by their names and byte for byte."""
+        with self.path.open("rb") as stream:
+            return {name for name in values if self._bytes(stream, name) == _bytes_of(values[name])}
+
+    def _bytes(self, stream: BinaryIO, name: str) -> bytes:
+        start, end = self.spots.get(name, (0, 0))
+        stream.seek(start)
+        return stream.read(end - start)
 
 
 def patched(path: Path, patches: Iterable[Patch]) -> bytes:
@@ -174,6 +243,11 @@ def read_file(path: Path) -> OnnxFile:
     except (ValueError, IndexError, DecodeError) as error:
         raise BadFile(f"{path.name} is no ONNX file: {error}") from error
     return OnnxFile(path, header, spots, kinds)
+
+
+def _bytes_of(value: Tensor) -> bytes:
+    raw: bytes = value.detach().cpu().flatten().contiguous().view(torch.uint8).numpy().tobytes()
+    return raw
 
 
 def _note(

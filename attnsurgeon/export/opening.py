@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from attnsurgeon.borrow import borrowed_buffers, borrowed_numerics, borrowed_randomness
 from attnsurgeon.errors import ExportRefused
 from attnsurgeon.export.format import leaves
 from attnsurgeon.export.inputs import Inputs
+from attnsurgeon.export.lending import shaken, steady
 from attnsurgeon.export.precision import Precision
 from attnsurgeon.export.proof import (
     compare_outputs,
@@ -72,29 +71,34 @@ def open_gates(
     """
     openings = sound = _spread(named_gates(model))
     best: Opening | None = None
-    reference = run_with_gates(model, gate_values(model), inputs)
+    own = gate_values(model)
+    given, reference = inputs, run_with_gates(model, own, inputs)
     tolerance = tolerance_of(reference) if precision is None else precision.max_rel
     visible = max(2 * tolerance, min(VISIBLE * tolerance, PLAIN))
 
-    def noise_of(values: Mapping[str, Tensor], found: list[Tensor]) -> float:
+    def noise_of(values: Mapping[str, Tensor], shown: Inputs, found: list[Tensor]) -> float:
         if precision is None or cast is None:
-            return _noise(model, values, inputs, found)
-        rounded = run_with_gates(cast, values, precision.cast(inputs))
+            return _noise(model, values, shown, found)
+        rounded = run_with_gates(cast, values, precision.cast(shown))
         return compare_outputs(found, rounded, 1.0)[1]
 
     closed = {name: torch.zeros_like(value) for name, value in openings.items()}
-    own_noise = noise_of(closed, run_with_gates(model, closed, inputs))
+    calm = steady(model, closed, inputs)
+    own_noise = noise_of(closed, calm, run_with_gates(model, closed, calm))
     for _ in range(ROUNDS):
-        found = run_with_gates(model, openings, inputs)
+        drawn = steady(model, openings, inputs)
+        if drawn is not given:
+            given, reference = drawn, run_with_gates(model, own, drawn)
+        found = run_with_gates(model, openings, given)
         moved = compare_outputs(reference, found, tolerance)[1]
-        noise = noise_of(openings, found)
-        if not math.isfinite(moved) or not noise < max(NOISE * tolerance, 3 * own_noise):
+        noise = noise_of(openings, given, found)
+        if not _are_finite(found) or not noise < max(NOISE * tolerance, 3 * own_noise):
             if openings is sound:
                 openings = sound = {name: value / 2 for name, value in sound.items()}
             else:  # too far: half way back, as factors go
                 openings = {n: v.sign() * (v * sound[n]).sqrt() for n, v in openings.items()}
             continue
-        shifts = _shifts(model, openings, inputs)
+        shifts = _shifts(model, openings, given)
         hidden = {name: shift for name, shift in shifts.items() if not shift > tolerance}
         if moved > visible:
             if best is None or len(hidden) < len(best.unseen):
@@ -117,17 +121,11 @@ def _noise(
 
     Where that is much, rounding alone moves it as much, and two right engines would disagree.
     """
-    with borrowed_randomness(2):
-        shaken = tree_map_only(Tensor, _shaken, inputs)
-    return compare_outputs(output, run_with_gates(model, openings, shaken), 1.0)[1]
+    return compare_outputs(output, run_with_gates(model, openings, shaken(inputs)), 1.0)[1]
 
 
-def _shaken(tensor: Tensor) -> Tensor:
-    """Return a tensor whose numbers are some ten roundings away."""
-    if not tensor.is_floating_point():
-        return tensor
-    step = 10 * torch.finfo(tensor.dtype).eps
-    return tensor * (1 + step * torch.randn(tensor.shape).to(tensor))
+def _are_finite(outputs: list[Tensor]) -> bool:
+    return all(bool(leaf.isfinite().all()) for leaf in outputs)
 
 
 def _further(

@@ -16,7 +16,8 @@ from attnsurgeon.borrow import (
     borrowed_numerics,
     borrowed_values,
 )
-from attnsurgeon.export.format import RunFailed, Runner, leaves_on_cpu
+from attnsurgeon.export.detections import Detections, fields_of, outputs_of
+from attnsurgeon.export.format import RunFailed, Runner
 from attnsurgeon.export.inputs import Inputs, batch_of, size_of
 from attnsurgeon.export.precision import PRECISIONS, Precision
 from attnsurgeon.gate import named_gates
@@ -57,7 +58,21 @@ class Check:
 def compare_outputs(
     expected: list[Tensor], found: list[Tensor], tolerance: float
 ) -> tuple[float, float, float, float, bool]:
-    """Return max_abs, max_rel, cosine, top1_agreement and whether that passes."""
+    """Return max_abs, max_rel, cosine, top1_agreement and whether that passes.
+
+    Of what a detector finds, the worst figure of any field, boxes or scores or labels.
+    """
+    if isinstance(expected, Detections):
+        pairs = fields_of(expected, found, tolerance)
+        figures = [_compare(want, have, tolerance) for want, have in pairs]
+        absolute, relative, cosines, tops, passed = zip(*figures, strict=True)
+        return max(absolute), max(relative), min(cosines), min(tops), all(passed)
+    return _compare(expected, found, tolerance)
+
+
+def _compare(
+    expected: list[Tensor], found: list[Tensor], tolerance: float
+) -> tuple[float, float, float, float, bool]:
     same_shapes = [t.shape for t in expected] == [t.shape for t in found]
     if not same_shapes or not expected:
         return float("inf"), float("inf"), 0.0, 0.0, False
@@ -95,7 +110,7 @@ def gate_values(model: nn.Module) -> dict[str, Tensor]:
 def run_with_gates(model: nn.Module, gates: Mapping[str, Tensor], inputs: Inputs) -> list[Tensor]:
     """Run the model in eval mode with these gate values; it is left as it was."""
     with gates_at(model, gates), torch.no_grad(), borrowed_buffers(model), borrowed_numerics():
-        return leaves_on_cpu(model(*inputs))
+        return outputs_of(model(*inputs))
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from attnsurgeon.errors import BadOption, ExportDiffers
 from attnsurgeon.export.format import Draft, Opened, Reader, Runner, Settings
 from attnsurgeon.export.inputs import Inputs, tensors_of
+from attnsurgeon.export.lending import NOTICE as LENT
+from attnsurgeon.export.lending import lent_alike, lent_to, steady
 from attnsurgeon.export.opening import Opening, open_gates, plain_openings
 from attnsurgeon.export.precision import PRECISIONS, Precision
 from attnsurgeon.export.proof import Check, check_file, gate_values
@@ -81,19 +83,30 @@ def prove(
     progress("checking it from disk, gates as they are")
     written = read(part, None)
     _check_header(written, settings)
-    checks = check_file(written.run, model, own, label, batches, precision)
-    _refuse_failed(name, checks, precision)
-    opset = written.opset
-    notices: tuple[str, ...] = ()
-    if own:
-        progress("checking it from disk, gates open")
-        opening = _opening(model, min(batches, key=_pixels), precision, cast)
-        if opening.unseen:
-            notices = (_UNSEEN.format(len(opening.unseen), len(own), opening.unseen[0]),)
-        del written
-        with _opened_file(read, twin, part, precision.cast_gates(opening.values)) as run:
-            checks += check_file(run, model, opening.values, "open", batches, precision)
+    opset, holds, run = written.opset, written.holds, written.run
+    del written
+    with (
+        lent_to(model, batches, lambda own: holds(precision.cast_gates(own))) as lent,
+        lent_alike(cast, lent),
+    ):
+        notices: tuple[str, ...] = (LENT.format(type(model).__name__, _list(lent)),) if lent else ()
+        if lent:
+            run = read(part, precision.cast_gates(lent)).run
+        drawn = [steady(model, own, batch) for batch in batches]
+        checks = check_file(run, model, own, label, drawn, precision)
         _refuse_failed(name, checks, precision)
+        del run
+        if own:
+            progress("checking it from disk, gates open")
+            opening = _opening(model, min(batches, key=_pixels), precision, cast)
+            values = opening.values
+            if opening.unseen:
+                notices += (_UNSEEN.format(len(opening.unseen), len(own), opening.unseen[0]),)
+            drawn = [steady(model, values, batch) for batch in batches]
+            held = precision.cast_gates({**values, **lent})
+            with _opened_file(read, twin, part, held) as run:
+                checks += check_file(run, model, values, "open", drawn, precision)
+            _refuse_failed(name, checks, precision)
     return Proof(tuple(checks), opset, notices)
 
 
@@ -141,6 +154,11 @@ def _check_header(written: Opened, settings: Settings) -> None:
         raise BadOption(
             f"--opset {settings.opset} cannot be written: the exporter made {written.opset}"
         )
+
+
+def _list(names: Iterable[str]) -> str:
+    first, *others = names
+    return f"{first} and {len(others)} other tensors" if others else first
 
 
 def _pixels(inputs: Inputs) -> int:

@@ -46,7 +46,9 @@ class _SourceDraft(Draft):
 
     def _open(self, path: Path, gates: Mapping[str, Tensor] | None = None) -> Opened:
         state = {name: tensor.detach().cpu() for name, tensor in self.state.items()}
-        process = FreshProcess(path.name, "open_python", str(path), {**state, **(gates or {})})
+        process = FreshProcess(
+            path.name, "open_python", str(path.absolute()), {**state, **(gates or {})}
+        )
         return Opened(lambda inputs: list(process(on_cpu(inputs))))
 
 

@@ -5,24 +5,22 @@ from __future__ import annotations
 import io
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from attnsurgeon.errors import BadFile, first_line
+from attnsurgeon.errors import BadFile
 from attnsurgeon.export.format import (
     Draft,
     Format,
     Opened,
-    RunFailed,
-    Runner,
     Settings,
-    leaves_on_cpu,
     refuse_onnx_settings,
     refuse_optimize,
     register,
 )
+from attnsurgeon.export.fresh import FreshProcess
 from attnsurgeon.export.inputs import Inputs, free_axes, on_cpu
 from attnsurgeon.export.onnx_dynamo import export_program
 from attnsurgeon.export.precision import HALVES, refuse_precision
@@ -54,6 +52,7 @@ class TorchProgram(Format):
     """One file with the graph and the weights, for torch.export.load."""
 
     name = "torch.export"
+    needs = "torch"
 
     def check(self, settings: Settings) -> None:
         """Refuse settings of other formats.
@@ -77,50 +76,29 @@ class TorchProgram(Format):
         return _ProgramDraft(export_program(model, inputs, dynamic=settings.dynamic), metadata)
 
     def open(self, path: Path, gates: Mapping[str, Tensor] | None = None) -> Opened:
-        """Load the file.
+        """Load the file in a process of its own.
 
         Raises:
             BadFile: it is no program of torch.export.
         """
-        notes = {"precision": ""}
+        values = {name: value.cpu() for name, value in (gates or {}).items()}
         try:
-            with path.open("rb") as stream:
-                program = torch.export.load(io.BytesIO(stream.read()), extra_files=notes)
-        except Exception as error:  # a zip file, JSON and a graph are read: anything may be wrong
-            raise BadFile(
-                f"{path.name} is no program of torch.export: {first_line(error)}"
-            ) from error
-        module = program.module()
-        parameters = dict(module.named_parameters(remove_duplicate=False))
-        with torch.no_grad():
-            for name, value in (gates or {}).items():
-                parameters[name].copy_(value)
-        precision = notes["precision"] or "fp32"
-        return Opened(_runner(module), fixed_axes=_fixed_axes(program), precision=precision)
+            process = FreshProcess(path.name, "open_program", str(path.absolute()), values)
+        except BadFile as error:
+            raise BadFile(f"{path.name} is no program of torch.export: {error}") from error
+        shapes, precision = process.told
+        return Opened(
+            lambda inputs: process(on_cpu(inputs)),
+            fixed_axes=_fixed_axes(shapes),
+            precision=precision or "fp32",
+        )
 
 
-def _runner(module: Any) -> Runner:
-    def run(inputs: Inputs) -> list[Tensor]:
-        with torch.no_grad():
-            try:
-                return leaves_on_cpu(module(*on_cpu(inputs)))
-            except Exception as error:  # its guards raise what they like
-                raise RunFailed(first_line(error)) from error
-
-    return run
-
-
-def _fixed_axes(program: ExportedProgram) -> tuple[str, ...]:
+def _fixed_axes(shapes: Mapping[str, list[int | None]]) -> tuple[str, ...]:
     """Return the image axes of the inputs that the program fixes to a number."""
-    held = {
-        spec.arg.name
-        for spec in program.graph_signature.input_specs
-        if spec.kind.name == "USER_INPUT"
-    }
     return tuple(
-        f"{node.name}.{axis}"
-        for node in program.graph.nodes
-        if node.op == "placeholder" and node.name in held and "val" in node.meta
-        for i, axis in free_axes(node.meta["val"].ndim).items()
-        if isinstance(node.meta["val"].shape[i], int)
+        f"{name}.{axis}"
+        for name, shape in shapes.items()
+        for i, axis in free_axes(len(shape)).items()
+        if shape[i] is not None
     )

@@ -18,13 +18,11 @@ from attnsurgeon.export.format import (
     Draft,
     Format,
     Opened,
-    RunFailed,
-    Runner,
     Settings,
-    leaves_on_cpu,
     refuse_onnx_settings,
     register,
 )
+from attnsurgeon.export.fresh import FreshProcess
 from attnsurgeon.export.inputs import Inputs, on_cpu, resized, size_of
 from attnsurgeon.export.precision import HALVES, refuse_precision
 
@@ -112,6 +110,7 @@ class TorchScript(Format):
     """One file with code and weights, for libtorch and torch.jit.load."""
 
     name = "torchscript"
+    needs = "torch"
 
     def check(self, settings: Settings) -> None:
         """Refuse settings of other formats.
@@ -137,14 +136,18 @@ class TorchScript(Format):
         return _ScriptDraft(scripted, is_scripted, metadata, frozen=settings.optimize)
 
     def open(self, path: Path, gates: Mapping[str, Tensor] | None = None) -> Opened:
-        """Load the file.
+        """Load the file in a process of its own.
 
         Raises:
             BadFile: it is not TorchScript.
         """
-        module, notes = load_torchscript(path, ["precision"])
-        _set(module, gates or {})
-        return Opened(_runner(module), precision=notes["precision"] or "fp32")
+        values = {name: value.cpu() for name, value in (gates or {}).items()}
+        process = FreshProcess(path.name, "open_torchscript", str(path.absolute()), values)
+        return Opened(
+            lambda inputs: process(on_cpu(inputs)),
+            holds=lambda values: _holds(path, values),
+            precision=process.told or "fp32",
+        )
 
     def has_gates(self, path: Path, gates: Collection[str]) -> bool:
         """Tell whether the file has parameters still: one that was frozen has none."""
@@ -158,15 +161,9 @@ def _set(module: torch.jit.ScriptModule, gates: Mapping[str, Tensor]) -> None:
             parameters[name].copy_(value)
 
 
-def _runner(module: torch.jit.ScriptModule) -> Runner:
-    def run(inputs: Inputs) -> list[Tensor]:
-        with _quiet(), torch.no_grad():
-            try:
-                return leaves_on_cpu(module(*on_cpu(inputs)))
-            except RuntimeError as error:
-                raise RunFailed(str(error).strip().splitlines()[-1]) from error
-
-    return run
+def _holds(path: Path, values: Mapping[str, Tensor]) -> set[str]:
+    held = dict(load_torchscript(path)[0].named_parameters())
+    return {name for name in values if name in held and torch.equal(held[name], values[name].cpu())}
 
 
 def load_torchscript(

@@ -1,8 +1,8 @@
-"""Runs an exported file in a process of its own, which imports only what the file needs.
+"""Runs exported files in a process of its own, which imports only what the files need.
 
 This text is handed to a new interpreter, where this package cannot be imported. It reads pickles
-from its stdin and answers each on its stdout: first the kind of file with what opens it, then
-inputs, until stdin ends.
+from its stdin and answers each on its stdout, until stdin ends: `open` with a number, the kind of
+file and what opens it; `run` with that number and inputs; `close` with the number.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+Opened = tuple[Callable[[Any], Any], Any]
+"""What runs a file, and what is told about it."""
 
-def open_onnx(path: str, patches: list[tuple[int, bytes]]) -> Callable[[Any], Any]:
+
+def open_onnx(path: str, patches: list[tuple[int, bytes]]) -> Opened:
     """Return what runs an ONNX file, with some of its bytes exchanged."""
     import onnxruntime
 
@@ -28,6 +31,10 @@ def open_onnx(path: str, patches: list[tuple[int, bytes]]) -> Callable[[Any], An
         for start, raw in patches:
             data[start : start + len(raw)] = raw
         source = bytes(data)
+        folder = os.path.dirname(os.path.abspath(path))  # noqa: PTH100, PTH120
+        options.add_session_config_entry(
+            "session.model_external_initializers_file_folder_path", folder
+        )
     session = onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
     names = [node.name for node in session.get_inputs()]
 
@@ -36,24 +43,75 @@ def open_onnx(path: str, patches: list[tuple[int, bytes]]) -> Callable[[Any], An
             raise ValueError(f"it takes {len(names)} inputs, not {len(arrays)}")
         return session.run(None, dict(zip(names, arrays)))  # noqa: B905 (counted above)
 
-    return run
+    return run, None
 
 
-def open_python(path: str, state: dict[str, Any]) -> Callable[[Any], Any]:
+def open_python(path: str, state: dict[str, Any]) -> Opened:
     """Return what runs the network that a file of Python code builds, with these weights."""
     import runpy
-
-    import torch
 
     dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
     model = runpy.run_path(path)["build"]().to(dtype)
     model.load_state_dict(state)
     model.eval()
+    return _runner(model), None
+
+
+def open_torchscript(path: str, values: dict[str, Any]) -> Opened:
+    """Return what runs a TorchScript file, some of its parameters exchanged, and its precision."""
+    import torch
+
+    notes: dict[str, Any] = {"precision": ""}
+    try:
+        module = torch.jit.load(path, map_location="cpu", _extra_files=notes).eval()
+    except RuntimeError as error:
+        if "torchvision::" not in str(error):
+            raise
+        import torchvision  # noqa: F401  (a detector needs its operators)
+
+        module = torch.jit.load(path, map_location="cpu", _extra_files=notes).eval()
+    _set(module, values)
+    told = notes["precision"]
+    return _runner(module), told.decode() if isinstance(told, bytes) else told
+
+
+def open_program(path: str, values: dict[str, Any]) -> Opened:
+    """Return what runs a program of torch.export; the shapes of its inputs, and its precision."""
+    import io
+
+    import torch
+
+    notes = {"precision": ""}
+    with open(path, "rb") as stream:  # noqa: PTH123
+        program = torch.export.load(io.BytesIO(stream.read()), extra_files=notes)
+    module = program.module()
+    _set(module, values)
+    kinds = program.graph_signature.input_specs
+    held = {spec.arg.name for spec in kinds if spec.kind.name == "USER_INPUT"}
+    shapes = {
+        node.name: [size if isinstance(size, int) else None for size in node.meta["val"].shape]
+        for node in program.graph.nodes
+        if node.op == "placeholder" and node.name in held and "val" in node.meta
+    }
+    return _runner(module), (shapes, notes["precision"])
+
+
+def _set(module: Any, values: dict[str, Any]) -> None:
+    import torch
+
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    with torch.no_grad():
+        for name, value in values.items():
+            parameters[name].copy_(value)
+
+
+def _runner(model: Any) -> Callable[[Any], Any]:
+    import torch
 
     def run(inputs: Any) -> Any:
         with torch.no_grad():
             return [
-                leaf
+                leaf.detach().cpu()
                 for leaf in torch.utils._pytree.tree_leaves(model(*inputs))
                 if isinstance(leaf, torch.Tensor)
             ]
@@ -67,14 +125,20 @@ def serve() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what a network prints is no answer
     questions = sys.stdin.buffer
-    opener, *arguments = pickle.load(questions)
-    run: Callable[[Any], Any] | None = None
+    runs: dict[int, Callable[[Any], Any]] = {}
     while True:
         try:
-            if run is None:
-                run, answer = globals()[opener](*arguments), None
+            kind, number, *rest = pickle.load(questions)
+            answer = None
+            if kind == "open":
+                opener, *arguments = rest
+                runs[number], answer = globals()[opener](*arguments)
+            elif kind == "run":
+                answer = runs[number](*rest)
+            elif kind == "close":
+                runs.pop(number, None)
             else:
-                answer = run(pickle.load(questions))
+                __import__(rest[0])
         except EOFError:
             return
         except Exception as error:
@@ -82,8 +146,6 @@ def serve() -> None:
         else:
             pickle.dump((True, answer), answers)
         answers.flush()
-        if run is None:
-            return
 
 
 if __name__ == "__main__":

@@ -1,0 +1,260 @@
+"""Inputs and weights with which a detector says enough to be compared.
+
+A detector keeps what scores above a threshold and drops what overlaps. With random weights it may
+find nothing, or score everything alike: torchvision's SSDlite shrinks its signal to 1e-15, so that
+all 294,000 scores of an image are exactly 1/91 and the first 300 are those that the sort happens to
+leave in front. Trained ones may find nothing in noise. Either way outputs tell nothing about the
+file. Then the layers behind its backbone hold random numbers for the time of the check, in the
+model and in the file; the file's own are compared byte for byte instead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from attnsurgeon.borrow import (
+    borrowed_buffers,
+    borrowed_modes,
+    borrowed_numerics,
+    borrowed_randomness,
+    borrowed_values,
+)
+from attnsurgeon.errors import ExportRefused
+from attnsurgeon.export.detections import Detections, outputs_of
+from attnsurgeon.export.format import leaves
+from attnsurgeon.export.inputs import Inputs
+from attnsurgeon.export.proof import compare_outputs, gate_values, run_with_gates, tolerance_of
+
+SPREAD = 1.0
+"""Standard deviation of what layers give that lead to scores: enough that some pass a threshold."""
+FINE_SPREAD = 0.1
+"""The same for boxes, masks and keypoints: anchors are large, and rounding grows with them."""
+DIFFERENT = 5
+"""Scores at least, among more objects: fewer are those of a network that is silent inside."""
+DRAWS = 8
+"""Of images, or of weights, of which one is taken where rounding decides nothing."""
+CALM = 0.05
+"""Of the tolerance: where rounding moves no more than that, no other images are tried."""
+
+_REMEDY = "give weights with which it finds something"
+NOTICE = (
+    "with these weights {} finds too little to be compared by: {} held random numbers during the "
+    "check, and those of the file were compared byte for byte"
+)
+
+
+@contextmanager
+def lent_to(
+    model: nn.Module, batches: list[Inputs], holds: Callable[[Mapping[str, Tensor]], set[str]]
+) -> Iterator[dict[str, Tensor]]:
+    """Lend random numbers to the layers of a detector that says nothing; yield them by name.
+
+    Most networks need none: what is yielded is empty, and nothing was done.
+
+    Args:
+        model: the network; it is given back as it was.
+        batches: what it will be compared on.
+        holds: tells which of these tensors the file has, by their names and byte for byte.
+
+    Raises:
+        ExportRefused: it says nothing whatever it is lent, or the file's layers are out of reach.
+    """
+    if not batches or not isinstance(batches[0][0], list) or _tells_all(model, batches):
+        yield {}
+        return
+    layers = layers_behind(model, batches[0])
+    own = {
+        f"{path}.{name}": parameter
+        for path in layers
+        for name, parameter in model.get_submodule(path).named_parameters(recurse=False)
+        if parameter.ndim > 1  # equal biases can be one tensor in the file
+    }
+    held = holds(own)
+    own = {name: own[name] for name in own if name in held}
+    layers = {
+        path: layers[path] for path in layers if any(n.rpartition(".")[0] == path for n in own)
+    }
+    if not own:
+        raise ExportRefused(
+            f"{type(model).__name__} finds nothing to compare the file by, and its last layers "
+            f"cannot be set in it; {_REMEDY}"
+        )
+    with borrowed_values(list(own.values())):
+        for seed in range(DRAWS):
+            _fill(model, layers, batches[0], seed)
+            if _tells_all(model, batches):
+                break
+        else:
+            raise ExportRefused(
+                f"{type(model).__name__} finds nothing, whatever its last layers hold; {_REMEDY}"
+            )
+        yield {name: parameter.detach().clone() for name, parameter in own.items()}
+
+
+@contextmanager
+def lent_alike(copy: nn.Module | None, lent: Mapping[str, Tensor]) -> Iterator[None]:
+    """Lend a copy of the network, in other numbers, what the network was lent."""
+    own = {} if copy is None else {name: copy.get_parameter(name) for name in lent}
+    with borrowed_values(list(own.values())):
+        for name, parameter in own.items():
+            parameter.data.copy_(lent[name])
+        yield
+
+
+def _tells_all(model: nn.Module, batches: list[Inputs]) -> bool:
+    """Tell whether there are objects in every image, and not all of one score."""
+    gates = gate_values(model)
+    return all(_tells(run_with_gates(model, gates, inputs)) for inputs in batches)
+
+
+def _tells(outputs: list[Tensor]) -> bool:
+    if not isinstance(outputs, Detections):
+        return True
+    return all(
+        len(scores) > 0 and len(scores.unique()) >= min(len(scores), DIFFERENT)
+        for scores in outputs.field("scores")
+    )
+
+
+def steady(model: nn.Module, gates: Mapping[str, Tensor], inputs: Inputs) -> Inputs:
+    """Return images on which a detector's findings do not hang on rounding; other inputs as is.
+
+    Whether one box more overlaps too much can turn on the last bit: there two right engines would
+    disagree. The choice is made by the model alone: the images on which it is moved least.
+    """
+    if not isinstance(inputs[0], list):
+        return inputs
+    best, least = inputs, float("inf")
+    for seed in range(DRAWS):
+        drawn = _redrawn(inputs, seed)
+        outputs = run_with_gates(model, gates, drawn)
+        if not isinstance(outputs, Detections):
+            return inputs
+        tolerance = tolerance_of(outputs)
+        again = run_with_gates(model, gates, shaken(drawn))
+        moved = compare_outputs(outputs, again, tolerance)[1]
+        if _tells(outputs) and moved < least:
+            best, least = drawn, moved
+        if least < CALM * tolerance:
+            break
+    return best
+
+
+def shaken(inputs: Inputs) -> Inputs:
+    """Return inputs whose numbers are some ten roundings away."""
+
+    def shake(tensor: Tensor) -> Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        step = 10 * torch.finfo(tensor.dtype).eps
+        return tensor * (1 + step * torch.randn(tensor.shape).to(tensor))
+
+    with borrowed_randomness(2):
+        moved: Inputs = tree_map_only(Tensor, shake, inputs)
+    return moved
+
+
+def _redrawn(inputs: Inputs, seed: int) -> Inputs:
+    with borrowed_randomness(seed):
+        drawn: Inputs = tree_map_only(
+            Tensor, lambda part: torch.randn(part.shape).to(part.device, part.dtype), inputs
+        )
+    return drawn
+
+
+def layers_behind(model: nn.Module, inputs: Inputs) -> dict[str, float]:
+    """Return the layers behind the backbone, its first part with weights, and how far to spread.
+
+    Those that lead to scores are found on the way back from these, along what autograd would walk,
+    up to the last weights.
+    """
+    parameters = list(model.parameters())
+    flags = [parameter.requires_grad for parameter in parameters]
+    with borrowed_modes(model), borrowed_buffers(model), borrowed_numerics():
+        model.eval()
+        try:
+            for parameter in parameters:
+                parameter.requires_grad_(True)
+            with torch.enable_grad():
+                output = model(*inputs)
+        finally:
+            for parameter, flag in zip(parameters, flags, strict=True):
+                parameter.requires_grad_(flag)
+    found = outputs_of(output)
+    if not isinstance(found, Detections):
+        return {}
+    names = [name for image in found.fields for name in image]
+    parts = list(zip(names, leaves(output), strict=True))
+    scored = _behind(model, (part for name, part in parts if name == "scores"))
+    backbone = next(
+        name for name, child in model.named_children() if any(True for _ in child.parameters())
+    )
+    return {
+        path: SPREAD if path in scored else FINE_SPREAD
+        for path, module in model.named_modules()
+        if path.partition(".")[0] != backbone
+        and any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
+    }
+
+
+def _behind(model: nn.Module, outputs: Iterable[Tensor]) -> set[str]:
+    owners = {
+        id(parameter): path
+        for path, module in model.named_modules()
+        for parameter in module.parameters(recurse=False)
+        if parameter.ndim > 1
+    }
+    found: set[str] = set()
+    seen: set[Any] = {None}
+    ahead: list[Any] = [output.grad_fn for output in outputs]
+    while ahead:
+        step = ahead.pop()
+        if step in seen:
+            continue
+        seen.add(step)
+        before = [node for node, _ in step.next_functions]
+        held = {owners[key] for node in before if (key := _parameter_of(node)) in owners}
+        found |= held
+        ahead += [] if held else before
+    return found
+
+
+def _parameter_of(node: Any) -> int | None:
+    """Return the id of the parameter that a step reads, also transposed as a linear layer does."""
+    while node is not None and len(node.next_functions) == 1 and "TBackward" in node.name():
+        node = node.next_functions[0][0]
+    return id(node.variable) if hasattr(node, "variable") else None
+
+
+def _fill(model: nn.Module, layers: Mapping[str, float], inputs: Inputs, seed: int) -> None:
+    """Fill layers with random numbers, so scaled that what each gives has its spread."""
+    filled: set[nn.Module] = set()
+
+    def fill(layer: Any, given: Any, _: Any) -> Any:
+        if layer in filled:  # a head that runs once for each size of features
+            return None
+        filled.add(layer)
+        own = list(layer.parameters(recurse=False))
+        with borrowed_values([part for part in own if part.ndim < 2]):  # a tiny signal beside them
+            for part in own:
+                nn.init.normal_(part) if part.ndim > 1 else nn.init.zeros_(part)
+            found = layer.forward(*given).std().item() or 1.0
+        for part in own:
+            if part.ndim > 1:
+                part.mul_(layers[names[layer]] / found)
+        return layer.forward(*given)
+
+    names = {model.get_submodule(path): path for path in layers}
+    handles = [layer.register_forward_hook(fill) for layer in names]
+    try:
+        with borrowed_randomness(seed), torch.no_grad():
+            run_with_gates(model, gate_values(model), inputs)
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,229 @@
+"""What detectors find is compared as a set: only an order made by rounding is free.
+
+Those of torchvision are tried by tests/benchmarks/detectors.py.
+"""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torchvision.ops import batched_nms
+
+import attnsurgeon
+from attnsurgeon.errors import ExportDiffers, ExportRefused
+from attnsurgeon.export import lending, verify_export
+from attnsurgeon.export import onnx as onnx_format
+from attnsurgeon.export.detections import Detections, outputs_of
+from attnsurgeon.export.inputs import resized, size_of
+from attnsurgeon.export.proof import compare_outputs
+from tests import exports
+from tests.exports import Planted, shift_a_weight
+
+IMAGES = [torch.full((3, 40, 48), 0.5), torch.full((3, 48, 40), 0.2)]
+
+
+class Detector(nn.Module):
+    """Boxes on a grid of features, their scores, and what overlaps less than others."""
+
+    def __init__(self):
+        super().__init__()
+        self.features = nn.Sequential(nn.Conv2d(3, 8, 3, stride=8, padding=1), exports.Block(8))
+        self.scores = nn.Conv2d(8, 3, 1)
+        self.boxes = nn.Conv2d(8, 4, 1)
+
+    def forward(self, images: list[torch.Tensor]):
+        return [self.find(self.features(image[None])) for image in images]
+
+    def find(self, features: torch.Tensor):
+        corners = self.boxes(features)[0].flatten(1).sigmoid().t() * 20
+        boxes = torch.cat((corners[:, :2], corners[:, :2] + corners[:, 2:]), 1)
+        scores, labels = self.scores(features)[0].flatten(1).softmax(0).max(0)
+        kept = torch.where(scores > 0.5)[0]
+        boxes, scores, labels = boxes[kept], scores[kept], labels[kept]
+        kept = batched_nms(boxes, scores, labels, 0.5)
+        return {"boxes": boxes[kept], "scores": scores[kept], "labels": labels[kept]}
+
+
+class Ranked(Detector):
+    """Every place of the grid is an object, of one kind: nothing hangs on rounding."""
+
+    def find(self, features: torch.Tensor):
+        boxes = self.boxes(features)[0].flatten(1).t()
+        scores = self.scores(features)[0, 0].flatten()
+        return {"boxes": boxes, "scores": scores, "labels": torch.zeros_like(scores).long()}
+
+
+def detector():
+    torch.manual_seed(0)
+    return Detector().eval()
+
+
+def found(count=6):
+    """Return what was found in two images; the first two objects of each score alike."""
+    torch.manual_seed(count)
+    corners = torch.rand(count, 2) * 50
+    scores = torch.rand(count).sort(descending=True).values
+    scores[1] = scores[0]
+    image = {
+        "boxes": torch.cat((corners, corners + 10 + torch.rand(count, 2) * 40), 1),
+        "labels": torch.arange(count) % 3,
+        "scores": scores,
+    }
+    return outputs_of([image, {name: part[1:] for name, part in image.items()}])
+
+
+def changed(outputs, field, edit):
+    """Return the tensors with one field of the first image changed."""
+    at = outputs.fields[0].index(field)
+    return [edit(part.clone()) if i == at else part for i, part in enumerate(outputs)]
+
+
+def exchange(part):
+    part[[0, 1]] = part[[1, 0]]
+    return part
+
+
+def add(value, row):
+    def edit(part):
+        part[row] += value
+        return part
+
+    return edit
+
+
+class TestComparer:
+    def test_equal_scores_come_in_any_order(self):
+        want = found()
+        have = [exchange(part.clone()) for part in want[:3]] + list(want[3:])
+        assert compare_outputs(want, have, 1e-4) == (0.0, 0.0, pytest.approx(1.0), 1.0, True)
+        assert not compare_outputs(list(want), have, 1e-4)[-1]  # as plain tensors they differ
+
+    @pytest.mark.parametrize(
+        ("field", "edit"),
+        [
+            ("labels", exchange),
+            ("boxes", exchange),
+            ("boxes", add(0.05, 3)),
+            ("scores", add(-0.001, 4)),
+            ("labels", add(1, 5)),
+            ("boxes", add(float("nan"), 2)),
+        ],
+    )
+    def test_one_object_that_differs(self, field, edit):
+        assert not compare_outputs(found(), changed(found(), field, edit), 1e-4)[-1]
+
+    def test_one_object_too_few(self):
+        want = found()
+        assert not compare_outputs(want, [*[part[:-1] for part in want[:3]], *want[3:]], 1e-4)[-1]
+
+    def test_one_object_twice_and_another_not(self):
+        want = found()
+        twice = torch.tensor([0, 1, 2, 3, 4, 4])
+        assert not compare_outputs(want, [*[part[twice] for part in want[:3]], *want[3:]], 1e-4)[-1]
+
+    def test_nothing_on_both_sides_is_no_agreement(self):
+        want = found()
+        empty = Detections([part[:0] for part in want], want.fields)
+        assert not compare_outputs(empty, list(empty), 1e-4)[-1]
+
+    def test_scores_are_not_measured_by_the_size_of_boxes(self):
+        """Over the largest coordinate, 100 times any score, a score 1 % off would pass."""
+        have = changed(found(), "scores", add(-0.005, 0))
+        assert compare_outputs(list(found()), have, 1e-4)[1] < 1e-4
+        assert compare_outputs(found(), have, 1e-4)[1] > 1e-4
+
+
+class TestLending:
+    def test_the_layers_behind_the_backbone(self):
+        found = lending.layers_behind(detector(), (IMAGES,))
+        assert found == {"scores": lending.SPREAD, "boxes": lending.FINE_SPREAD}
+
+    def test_weights_that_say_nothing(self, tmp_path):
+        """Everything scores alike, so that it is chance what is kept; nothing is left changed."""
+        model = detector()
+        nn.init.zeros_(model.scores.weight)
+        nn.init.zeros_(model.boxes.weight)
+        before = copy.deepcopy(model.state_dict())
+        for name, extra in (("x.onnx", {"exporter": "torchscript"}), ("x.pt", {})):
+            made = attnsurgeon.export_model(model, tmp_path / name, example=IMAGES, **extra)
+            assert all(check.passed for check in made.checks)
+            assert "held random numbers during the check" in made.notices[-1]
+        assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    def test_weights_that_say_enough_are_left_alone(self, tmp_path):
+        model = detector()
+        lending._fill(model, lending.layers_behind(model, (IMAGES,)), (IMAGES,), 0)
+        made = attnsurgeon.export_model(model, tmp_path / "x.pt", example=IMAGES)
+        assert not any("random" in notice for notice in made.notices)
+
+    def test_a_wrong_weight_in_the_place_of_which_another_was_lent(self, tmp_path, monkeypatch):
+        model = detector()
+        nn.init.zeros_(model.scores.weight)
+        write = onnx_format._OnnxDraft.write
+
+        def spoiled(self, path, gates):
+            wrong = torch.ones(3, 8, 1, 1)
+            write(self, path, {**gates, "scores.weight": wrong})
+
+        monkeypatch.setattr(onnx_format._OnnxDraft, "write", spoiled)
+        with pytest.raises((ExportDiffers, ExportRefused)):
+            attnsurgeon.export_model(
+                model, tmp_path / "x.onnx", example=IMAGES, exporter="torchscript"
+            )
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_wrong_weight_before_them(self, tmp_path, monkeypatch):
+        Planted.after_writing(monkeypatch, shift_a_weight)
+        with pytest.raises(ExportDiffers, match="gates closed, batch 2"):
+            attnsurgeon.export_model(
+                detector(), tmp_path / "x.onnx", example=IMAGES, exporter="torchscript"
+            )
+
+    def test_gates_are_opened_too(self, tmp_path):
+        operated = attnsurgeon.insert_attention(
+            detector(), "se", example=(IMAGES,), at="features.1", reduction=4
+        )
+        made = attnsurgeon.export_model(
+            operated, tmp_path / "x.onnx", example=IMAGES, exporter="torchscript"
+        )
+        assert [check.gates for check in made.checks] == ["closed"] * 3 + ["open"] * 3
+
+    def test_in_other_numbers(self, tmp_path):
+        """What is lent to the model is lent to its cast copy too, and the file holds it cast."""
+        torch.manual_seed(0)
+        model = attnsurgeon.insert_attention(
+            Ranked().eval(), "se", example=(IMAGES,), at="features.1", reduction=4
+        )
+        nn.init.zeros_(model.scores.weight)
+        path = tmp_path / "x.pt"
+        made = attnsurgeon.export_model(model, path, example=IMAGES, precision="fp16")
+        assert [check.gates for check in made.checks] == ["closed"] * 3 + ["open"] * 3
+        assert "held random numbers" in made.notices[-1]
+        assert len(verify_export(path, model).checks) == 6
+
+    def test_a_classifier_runs_no_more_often(self, monkeypatch):
+        monkeypatch.setattr(lending, "run_with_gates", None)
+        model, batches = nn.Linear(2, 2), [(torch.zeros(1, 2),)]
+        assert lending.steady(model, {}, batches[0]) is batches[0]
+        with lending.lent_to(model, batches, set) as lent:
+            assert lent == {}
+
+    def test_images_are_redrawn_until_rounding_decides_nothing(self, monkeypatch):
+        model, moved = detector(), iter([1.0, 1e-5, 0.5, 1e-7, 0.0])
+
+        def compare(want, have, tolerance):
+            return 0.0, next(moved), 1.0, 1.0, True
+
+        monkeypatch.setattr(lending, "compare_outputs", compare)
+        monkeypatch.setattr(lending, "_tells", lambda outputs: True)
+        drawn = lending.steady(model, {}, (IMAGES,))
+        assert torch.equal(drawn[0][0], lending._redrawn((IMAGES,), 3)[0][0])
+        monkeypatch.setattr(lending, "DRAWS", 0)
+        assert lending.steady(model, {}, (IMAGES,)) == (IMAGES,)
+
+
+def test_every_second_image_lies_on_its_side():
+    (images,) = resized((IMAGES,), 2, (64, 96))
+    assert [tuple(image.shape) for image in images] == [(3, 64, 96), (3, 96, 64)]
+    assert size_of((images,)) == (64, 96)
