@@ -4,6 +4,7 @@ Those of torchvision are tried by tests/benchmarks/detectors.py.
 """
 
 import copy
+import importlib
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from attnsurgeon.export import lending, verify_export
 from attnsurgeon.export import onnx as onnx_format
 from attnsurgeon.export.detections import Detections, outputs_of
 from attnsurgeon.export.inputs import resized, size_of
+from attnsurgeon.export.opening import open_gates
 from attnsurgeon.export.proof import compare_outputs
 from tests import exports
 from tests.exports import Planted, shift_a_weight
@@ -189,18 +191,30 @@ class TestLending:
         )
         assert [check.gates for check in made.checks] == ["closed"] * 3 + ["open"] * 3
 
-    def test_in_other_numbers(self, tmp_path):
+    def test_in_other_numbers(self, tmp_path, monkeypatch):
         """What is lent to the model is lent to its cast copy too, and the file holds it cast."""
         torch.manual_seed(0)
         model = attnsurgeon.insert_attention(
             Ranked().eval(), "se", example=(IMAGES,), at="features.1", reduction=4
         )
         nn.init.zeros_(model.scores.weight)
+        noisy = []
+
+        def watched(model, inputs, precision, cast):
+            own, rounded = model.scores.weight, cast.scores.weight
+            noisy.append((own.half().equal(rounded), bool(own.any())))
+            return open_gates(model, inputs, precision, cast)
+
+        for name in ("prove", "against"):  # the package calls a function like its module
+            module = importlib.import_module(f"attnsurgeon.export.{name}")
+            monkeypatch.setattr(module, "open_gates", watched)
         path = tmp_path / "x.pt"
         made = attnsurgeon.export_model(model, path, example=IMAGES, precision="fp16")
         assert [check.gates for check in made.checks] == ["closed"] * 3 + ["open"] * 3
-        assert "held random numbers" in made.notices[-1]
+        assert "scores.weight and 1 other tensors held random numbers" in made.notices[-1]
         assert len(verify_export(path, model).checks) == 6
+        assert noisy == [(True, True)] * 2
+        assert not model.scores.weight.any()
 
     def test_a_classifier_runs_no_more_often(self, monkeypatch):
         monkeypatch.setattr(lending, "run_with_gates", None)
