@@ -32,7 +32,7 @@ EVERYWHERE = [
 
 
 def operate(name, opened=True):
-    """Put attention at every placement of every second block, and open its gates."""
+    """Put attention at every placement of every fourth block, and open its gates."""
     host = copy.deepcopy(hosts.host(name))
     cuts = []
     for block, placement in EVERYWHERE:
@@ -42,7 +42,7 @@ def operate(name, opened=True):
             hosts.sites(name),
             block,
             placement=placement,
-            every=2,
+            every=4,
             stack=True,
             # The default leaves so few hidden units that all can be off for two images.
             options={} if block == "sk" else {"reduction": 2},
