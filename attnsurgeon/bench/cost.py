@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attnsurgeon.bench.exported import is_of_onnxruntime, session_for
 from attnsurgeon.bench.inputs import cast_inputs
+from attnsurgeon.bench.packages import load_package
 from attnsurgeon.bench.targets import Inputs, Target
 from attnsurgeon.borrow import on_meta
 from attnsurgeon.cost import Count, count_call
@@ -55,10 +56,10 @@ def count_cost(target: Target, inputs: Inputs) -> Cost:
     check_axes(target, own)
     try:
         if target.model is None:
-            return Cost(None, None, _bytes_of(target.file), _run_onnx(target, own))
+            return Cost(None, None, _bytes_of(target.file), _run_file(target, own))
         outputs, count = _count(target.model, own)
     except Exception as error:
-        if target.model is None and not is_of_onnxruntime(error):
+        if target.model is None and not _is_foreign(error):
             raise
         shapes = [tuple(part.shape) for part in own if isinstance(part, Tensor)]
         raise HostUnusable(
@@ -114,8 +115,16 @@ def _counted(model: nn.Module, inputs: Inputs) -> tuple[tuple[Shape, ...], Count
     return tuple(tuple(leaf.shape) for leaf in leaves), count
 
 
-def _run_onnx(target: Target, inputs: Inputs) -> tuple[Shape, ...]:
+def _is_foreign(error: Exception) -> bool:
+    """Tell whether a runtime raised this, and not a mistake of ours."""
+    return is_of_onnxruntime(error) or type(error) is RuntimeError
+
+
+def _run_file(target: Target, inputs: Inputs) -> tuple[Shape, ...]:
     assert target.file is not None  # a target without a module is a file
+    if target.file.suffix.lower() == ".pt2":
+        outputs = tree_leaves(load_package(target.file, {})(*inputs))
+        return tuple(tuple(leaf.shape) for leaf in outputs if isinstance(leaf, Tensor))
     session = session_for(target.file, is_optimised=False)
     names = [node.name for node in session.get_inputs()]
     feed = {name: part.numpy() for name, part in zip(names, inputs, strict=True)}
