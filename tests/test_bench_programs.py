@@ -1,21 +1,32 @@
 """A program of torch.export is timed as it lies on the disk, with its gates open."""
 
-import json
-
 import pytest
 import torch
 
 import attnsurgeon
 from attnsurgeon.bench import engines, targets
+from attnsurgeon.bench.cost import count_cost
+from attnsurgeon.bench.ready import gates_doubt
+from attnsurgeon.cost import multiply_adds
 from attnsurgeon.errors import BadFile, BadOption
+from attnsurgeon.export import _metadata
+from attnsurgeon.export.format import Settings, format_for
+from attnsurgeon.export.proof import gate_values
 from tests import exports
 
 
 @pytest.fixture(scope="module")
 def program(tmp_path_factory):
     """Return the program of the tiny network, with free axes."""
-    path = tmp_path_factory.mktemp("programs") / "tiny.pt2"
-    attnsurgeon.export_model(exports.tiny(), path, example=exports.EXAMPLE)
+    return written(tmp_path_factory.mktemp("programs") / "tiny.pt2", Settings())
+
+
+def written(path, settings):
+    """Write what export writes, without the proof, which is tested elsewhere."""
+    model = exports.tiny()
+    images = (torch.zeros(2 if settings.dynamic else 1, 3, 32, 32),)
+    draft = format_for(path).draft(model, images, settings, _metadata(model, images))
+    draft.write(path, gate_values(model))
     return path
 
 
@@ -35,17 +46,19 @@ def test_its_gates_are_open(program, tmp_path):
         assert torch.equal(runner.call(), found)
 
 
-def test_on_the_command_line(run, program):
-    outcome = run("bench", program, "--seconds", "0.1", "--json")
-    (timing,) = json.loads(outcome.out)["runs"]
-    assert (timing["engine"], timing["weights"]) == ("eager", "file")
-    assert timing["parameters"] == sum(p.numel() for p in exports.tiny().parameters())
-    assert timing["doubts"] == [d for d in timing["doubts"] if not d.startswith("folded")]
+def test_what_it_costs_and_whether_its_attention_is_there(program):
+    (target,) = targets.read_targets([program])
+    inputs = (torch.randn(2, 3, 32, 40),)
+    cost = count_cost(target, inputs)
+    assert cost.parameters == sum(p.numel() for p in exports.tiny().parameters())
+    assert cost.macs == multiply_adds(exports.tiny(), (inputs[0][:1],))
+    with torch.no_grad():
+        assert gates_doubt(target, inputs, [target.module(*inputs)]) is None
+        assert "folded" in gates_doubt(target, inputs, [exports.tiny()(*inputs)])
 
 
 def test_axes_that_it_fixes(tmp_path):
-    path = tmp_path / "x.pt2"
-    attnsurgeon.export_model(exports.tiny(), path, static=True)
+    path = written(tmp_path / "x.pt2", Settings(dynamic=False))
     with pytest.raises(BadOption, match=r"takes inputs of 1x3x32x32 only, not 2x3x32x32"):
         attnsurgeon.compare_speed([path], batches=(2,))
 

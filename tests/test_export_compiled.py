@@ -3,7 +3,9 @@
 import copy
 import io
 import json
+import logging
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ import torch._inductor.config as inductor
 import attnsurgeon
 from attnsurgeon.bench import engines, targets
 from attnsurgeon.errors import (
+    BadFile,
     BadOption,
     EngineUnavailable,
     ExportDiffers,
@@ -63,14 +66,19 @@ def shift_a_weight(name, content):
     return content.replace(raw, (1.05 * weight).numpy().tobytes())
 
 
-def cross_the_gates(name, content):
-    if not name.endswith("_metadata.json"):
-        return content
-    notes = json.loads(content)
-    notes[compiled.CONSTANTS_KEY] = json.dumps(
-        exports.crossed(json.loads(notes[compiled.CONSTANTS_KEY]))
-    )
-    return json.dumps(notes).encode()
+def retold(key, change):
+    """Return an edit for `rewritten` that makes one entry of the metadata another."""
+
+    def edit(name, content):
+        if not name.endswith("_metadata.json"):
+            return content
+        notes = json.loads(content)
+        return json.dumps({**notes, key: json.dumps(change(json.loads(notes[key])))}).encode()
+
+    return edit
+
+
+cross_the_gates = retold(compiled.CONSTANTS_KEY, exports.crossed)
 
 
 class TestProof:
@@ -136,7 +144,8 @@ class TestTheFile:
     def test_it_tells_nothing_of_this_machine(self, made):
         with zipfile.ZipFile(made[0]) as package:
             held = b"".join(package.read(name) for name in package.namelist())
-        assert str(attnsurgeon.__file__).encode() not in held
+        for folder in (Path(attnsurgeon.__file__).parent, Path(torch.__file__).parents[1]):
+            assert str(folder).encode() not in held
         assert b"attnsurgeon-" not in held  # the folder that it was compiled in
 
     def test_threads_are_those_of_where_it_runs(self, made):
@@ -146,17 +155,33 @@ class TestTheFile:
         assert b"num_threads(" not in code
 
     def test_axes_that_it_fixes(self, made, tmp_path):
-        def fix(name, content):
-            if not name.endswith("_metadata.json"):
-                return content
-            notes = json.loads(content)
-            axes, dtype = next(iter(json.loads(notes[compiled.INPUTS_KEY]).values()))
-            notes[compiled.INPUTS_KEY] = json.dumps({"x": [[2, *axes[1:]], dtype]})
-            return json.dumps(notes).encode()
+        def fix(inputs):
+            ((axes, dtype),) = inputs.values()
+            return {"x": [[2, *axes[1:]], dtype]}
 
-        (tmp_path / "x.pt2").write_bytes(rewritten(made[0], fix))
+        edit = retold(compiled.INPUTS_KEY, fix)
+        (tmp_path / "x.pt2").write_bytes(rewritten(made[0], edit))
         assert format_for("x.pt2").open(made[0]).fixed_axes == ()
         assert format_for("x.pt2").open(tmp_path / "x.pt2").fixed_axes == ("x.batch",)
+
+    def test_a_gate_of_several_names(self, made, tmp_path):
+        """The package knows a module in two places by one of them."""
+        module = torch.nn.Linear(2, 2)
+        twice = torch.nn.Sequential(module, module)
+        program = torch.export.export(twice, (torch.zeros(1, 2),))
+        told = compiled._signature(program, {"0.bias": module.bias})
+        assert compiled.gates_of(told) == {"0.bias": (["0.bias", "1.bias"], [2])}
+
+        def add(named):
+            return {name: [["elsewhere", *names], axes] for name, (names, axes) in named.items()}
+
+        path, image = tmp_path / "x.pt2", (torch.randn(1, 3, 32, 32),)
+        path.write_bytes(rewritten(made[0], retold(compiled.CONSTANTS_KEY, add)))
+        gates = {name: torch.ones(1) for name in attnsurgeon.gates(exports.tiny())}
+        opened = [format_for(file).open(file, gates)(image)[0] for file in (path, made[0])]
+        assert torch.equal(*opened)
+        with pytest.raises(BadFile, match="it has no constant other"):
+            format_for(path).open(path, {"other": torch.ones(1)})
 
 
 class TestBench:
@@ -198,7 +223,7 @@ def test_without_a_compiler(refused, digits_file, monkeypatch):
     refused(*args, says=["C++ compiler", "install g++", "leave --compile out"], at_once=True)
 
 
-def test_what_cannot_be_compiled(tmp_path, monkeypatch):
+def test_what_cannot_be_compiled(tmp_path, monkeypatch, caplog):
     def fail(*args, **options):
         raise RuntimeError("no such kernel\nand more")
 
@@ -207,9 +232,15 @@ def test_what_cannot_be_compiled(tmp_path, monkeypatch):
     with pytest.raises(ExportRefused, match="cannot compile the network: no such kernel; leave"):
         attnsurgeon.export_model(exports.tiny(), tmp_path / "x.pt2", compile=True)
     assert list(tmp_path.iterdir()) == []
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
 
 
 @pytest.mark.parametrize("suffix", [".onnx", ".pt", ".py"])
 def test_other_formats_are_not_compiled(tmp_path, suffix):
     with pytest.raises(ExportRefused, match=f"--compile is for .pt2; a {suffix} file"):
         attnsurgeon.export_model(exports.tiny(), tmp_path / f"x{suffix}", compile=True)
+
+
+def test_a_network_elsewhere():
+    with pytest.raises(ExportRefused, match=r"this Linear is on meta; give model\.cpu\(\)"):
+        compiled.check_device(torch.nn.Linear(2, 2, device="meta"))

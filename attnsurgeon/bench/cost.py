@@ -27,8 +27,9 @@ class Cost:
     """What one target costs, whatever runs it.
 
     Attributes:
-        parameters: gates included; None for an .onnx file, whose constants are not told apart.
-        macs: multiply-adds for one image of the compared size; None for an .onnx file.
+        parameters: gates included; None for a file that another runtime holds, such as .onnx,
+            whose constants are not told apart.
+        macs: multiply-adds for one image of the compared size; None for such a file.
         file_bytes: of the target's file, with the data beside it; None where there is none.
         outputs: shapes of what it returns for the inputs it was tried on.
         uncounted: operators that compute something besides the multiply-adds.
@@ -49,7 +50,7 @@ def count_cost(target: Target, inputs: Inputs) -> Cost:
     """Try a target once on inputs, without arithmetic where possible, and count.
 
     Raises:
-        BadOption: an .onnx file fixes an axis at another size.
+        BadOption: a file fixes an axis at another size.
         HostUnusable: the target does not run on such inputs.
     """
     own = cast_inputs(inputs, target)
@@ -80,7 +81,7 @@ def count_cost(target: Target, inputs: Inputs) -> Cost:
 
 
 def check_axes(target: Target, inputs: Inputs) -> None:
-    """Refuse a shape that an .onnx file cannot take.
+    """Refuse a shape that an exported file cannot take.
 
     Raises:
         BadOption: an axis is fixed at another size.

@@ -35,13 +35,13 @@ class Package:
         example: its inputs for one image.
         fixed: for each of them, the axes that the file fixes.
         is_sized: whether it told its height and width.
-        constants: name of each gate in the file -> zeros of its shape.
+        gates: name of each gate -> zeros of its shape.
     """
 
     example: tuple[Tensor, ...]
     fixed: tuple[Fixed, ...]
     is_sized: bool
-    constants: Mapping[str, Tensor]
+    gates: Mapping[str, Tensor]
 
 
 def read_package(path: Path) -> Package:
@@ -59,9 +59,9 @@ def read_package(path: Path) -> Package:
     precision = PRECISIONS.get(notes.get("precision", ""), PRECISIONS["fp32"])
     return Package(
         *_inputs_of(path, inputs, notes.get(SIZE_KEY, "")),
-        constants={
-            constant: torch.zeros(shape, dtype=precision.dtype)
-            for constant, shape in gates_of(notes).values()
+        gates={
+            name: torch.zeros(shape, dtype=precision.dtype)
+            for name, (_, shape) in gates_of(notes).items()
         },
     )
 
@@ -130,8 +130,8 @@ def _inputs_of(
     return tuple(example), tuple(fixed), is_sized
 
 
-def load_package(path: Path, constants: Mapping[str, Tensor]) -> Any:
-    """Load a compiled .pt2 file with other values for some of its constants.
+def load_package(path: Path, gates: Mapping[str, Tensor]) -> Any:
+    """Load a compiled .pt2 file with other values for its gates.
 
     Raises:
         BadFile: it cannot be loaded here.
@@ -139,8 +139,10 @@ def load_package(path: Path, constants: Mapping[str, Tensor]) -> Any:
     inductor: Any = torch._inductor
     try:
         model = inductor.aoti_load_package(str(path))
-        if constants:
-            model.load_constants(dict(constants), check_full_update=False)
+        if gates:
+            known, named = set(model.get_constant_fqns()), gates_of(notes_of(path))
+            values = {own: gates[g] for g in gates for own in known.intersection(named[g][0])}
+            model.load_constants(values, check_full_update=False)
     except RuntimeError as error:
         raise BadFile(
             f"{str(path)!r} cannot be loaded here: {first_line(error)}; compile it on this machine "

@@ -63,7 +63,7 @@ class Target:
         gates: the names of the parameters that were opened.
         patches: bytes of an .onnx file that open its gates.
         keeps_precision: whether its numbers cannot be cast to others.
-        constants: of a compiled .pt2 file, by name, that open its gates.
+        values: of the gates of a compiled .pt2 file, by name.
         read_s: how long it took to read or build.
     """
 
@@ -79,7 +79,7 @@ class Target:
     gates: tuple[str, ...] = ()
     patches: tuple[Patch, ...] = ()
     keeps_precision: bool = False
-    constants: Mapping[str, Tensor] = field(default_factory=dict, hash=False)
+    values: Mapping[str, Tensor] = field(default_factory=dict, hash=False)
     read_s: float = 0.0
 
     @property
@@ -211,7 +211,7 @@ def _from_program(name: str, path: Path) -> Target:
 
 def _from_package(name: str, path: Path) -> Target:
     read = read_package(path)
-    _open(read.constants.values())
+    _open(read.gates.values())
     return Target(
         name,
         read.example,
@@ -220,9 +220,9 @@ def _from_package(name: str, path: Path) -> Target:
         only=PACKAGE_ENGINES,
         fixed=read.fixed,
         is_sized=read.is_sized,
-        is_opened=bool(read.constants),
+        is_opened=bool(read.gates),
         keeps_precision=True,
-        constants=read.constants,
+        values=read.gates,
     )
 
 

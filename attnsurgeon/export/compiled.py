@@ -11,13 +11,13 @@ import json
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnsurgeon.errors import ExportRefused, MissingPackage, first_line
 from attnsurgeon.export.onnx_dynamo import logs_held_back
@@ -36,7 +36,7 @@ INPUTS_KEY = "inputs"
 """Metadata: for each input its axes, null where one is free, and its dtype, as JSON."""
 
 CONSTANTS_KEY = "constants"
-"""Metadata: name of a gate -> the name of its constant in the package, and its axes, as JSON."""
+"""Metadata: name of a gate -> the names that its constant may have, and its axes, as JSON."""
 
 # A gate is one number, and two passes write small numbers into the code: the folding of uniform
 # values in the joint graph does so before the constants are even named.
@@ -57,15 +57,30 @@ def check_compiler() -> None:
     Raises:
         MissingPackage: there is no C++ compiler.
     """
-    from torch._inductor.cpp_builder import get_cpp_compiler
-
     try:
-        get_cpp_compiler()
+        with logs_held_back():  # of how torch looks for CUDA, when this is imported
+            from torch._inductor.cpp_builder import get_cpp_compiler
+
+            get_cpp_compiler()
     except (RuntimeError, OSError) as error:
         raise MissingPackage(
             "--compile needs a C++ compiler and none was found: install g++ (apt install g++), "
             "name one in the environment variable CXX, or leave --compile out"
         ) from error
+
+
+def check_device(model: nn.Module) -> None:
+    """Refuse a network that does not lie where its code would run and be checked.
+
+    Raises:
+        ExportRefused: it is on another device than the CPU.
+    """
+    device = next((p.device for p in model.parameters() if p.device.type != "cpu"), None)
+    if device is not None:
+        raise ExportRefused(
+            f"--compile makes machine code for the CPU, and this {type(model).__name__} is on "
+            f"{device}; give model.cpu(), or leave --compile out"
+        )
 
 
 def compile_program(
@@ -93,9 +108,9 @@ def compile_program(
         # Without a cache of its own, a copy of all weights stayed behind in that one as well.
         with (
             tempfile.TemporaryDirectory(prefix="attnsurgeon-") as folder,
-            fresh_cache(dir=folder),
             logs_held_back(),
             redirect_stdout(io.StringIO()),
+            fresh_cache(dir=folder),
         ):
             aoti_compile_and_package(
                 program,
@@ -106,15 +121,17 @@ def compile_program(
         raise ExportRefused(
             f"AOTInductor cannot compile the network: {first_line(error)}; leave --compile out"
         ) from error
-    _write_without_folders(package, path, (folder, str(Path(torch.__file__).parents[1]), *_PYTHON))
+    _write_without_folders(package, path, (folder, str(Path(torch.__file__).parents[1])))
 
 
-def _write_without_folders(package: io.BytesIO, path: Path, folders: Iterable[str]) -> None:
+def _write_without_folders(package: io.BytesIO, path: Path, folders: tuple[str, ...]) -> None:
     """Write a package that does not tell where things lie on this machine, as compilers do."""
     with zipfile.ZipFile(package) as made, zipfile.ZipFile(path, "w") as written:
         for name in made.namelist():
             content = made.read(name)
-            for folder in folders:  # of the same length, so that nothing moves in machine code
+            is_text = name.endswith(".cpp")  # in weights, a short name may stand by chance
+            # Of the same length, so that nothing moves in machine code.
+            for folder in (*folders, *_PYTHON) if is_text else folders:
                 content = content.replace(folder.encode(), b"." * len(folder.encode()))
             written.writestr(name, content)
 
@@ -122,11 +139,10 @@ def _write_without_folders(package: io.BytesIO, path: Path, folders: Iterable[st
 def _signature(program: ExportedProgram, gates: Mapping[str, Tensor]) -> dict[str, str]:
     """Return what tells inputs and gates of a package."""
     held = program.state_dict
-    read = set(program.graph_signature.inputs_to_parameters.values())
-    constants = {}
-    for name, value in gates.items():  # one in two places is read by one of its names
-        own = next((o for o in held if held[o] is held[name] and o in read), name)
-        constants[name] = [own, list(value.shape)]
+    constants = {  # of a module in two places, the package knows one of them
+        name: [[other for other in held if held[other] is held[name]], list(value.shape)]
+        for name, value in gates.items()
+    }
     inputs = {
         name: [axes, str(dtype).removeprefix("torch.")]
         for name, (axes, dtype) in inputs_of(program).items()
@@ -148,10 +164,10 @@ def axes_of(notes: Mapping[str, str]) -> dict[str, Axes]:
     }
 
 
-def gates_of(notes: Mapping[str, str]) -> dict[str, tuple[str, list[int]]]:
-    """Return name of each gate -> its name in the package, and its axes."""
+def gates_of(notes: Mapping[str, str]) -> dict[str, tuple[list[str], list[int]]]:
+    """Return name of each gate -> the names that the package may have for it, and its axes."""
     named = json.loads(notes.get(CONSTANTS_KEY, "{}"))
-    return {name: (constant, shape) for name, (constant, shape) in named.items()}
+    return {name: (constants, shape) for name, (constants, shape) in named.items()}
 
 
 def is_compiled(path: Path) -> bool:

@@ -93,11 +93,14 @@ class TorchProgram(Format):
         """Translate the network.
 
         Raises:
-            ExportRefused: torch.export cannot take it, or not with free axes.
+            ExportRefused: torch.export cannot take it, or not with free axes; or it is to be
+                machine code and is not on the CPU.
         """
         self.check(settings)
-        kind = _CompiledDraft if settings.compile else _ProgramDraft
-        return kind(export_program(model, inputs, dynamic=settings.dynamic), metadata)
+        if settings.compile:
+            compiled.check_device(model)
+        program = export_program(model, inputs, dynamic=settings.dynamic)
+        return (_CompiledDraft if settings.compile else _ProgramDraft)(program, metadata)
 
     def open(self, path: Path, gates: Mapping[str, Tensor] | None = None) -> Opened:
         """Load the file in a process of its own.

@@ -110,10 +110,12 @@ def open_package(path: str, values: dict[str, Any]) -> Opened:
     model = torch._inductor.aoti_load_package(path)
     notes = model.get_metadata()
     names = json.loads(notes.get("constants", "{}"))
-    exchanged = {names.get(name, [name])[0]: value for name, value in values.items()}
-    missing = sorted(set(exchanged) - set(model.get_constant_fqns()))
-    if missing:
-        raise KeyError(f"it has no constant {missing[0]}")
+    known, exchanged = set(model.get_constant_fqns()), {}
+    for name, value in values.items():
+        own = known.intersection(names.get(name, [[name]])[0])
+        if not own:
+            raise KeyError(f"it has no constant {name}")
+        exchanged.update(dict.fromkeys(own, value))
     if exchanged:
         model.load_constants(exchanged, check_full_update=False)
     return _runner(model), notes

@@ -61,13 +61,13 @@ def _run_package(target: Target, inputs: Inputs, place: Place) -> Runner:
         raise EngineUnavailable(
             f"{target.name} is compiled for contiguous images; leave --channels-last out"
         )
-    held = [load_package(path, target.constants)]
+    held = [load_package(path, target.values)]
 
     def call() -> Any:
         return held[0](*inputs)
 
     def move() -> None:
-        held[0] = load_package(path, target.constants)
+        held[0] = load_package(path, target.values)
 
     def profile() -> list[Operator]:
         return profile_torch(call, place.device, is_training=False)
