@@ -31,7 +31,7 @@ from attnsurgeon.export.proof import Check, gate_values
 from attnsurgeon.export.prove import prove
 from attnsurgeon.export.strip import strip_decided
 from attnsurgeon.gate import gate_numbers, named_gates
-from attnsurgeon.outputs import atomic_outputs
+from attnsurgeon.outputs import atomic_output
 from attnsurgeon.store import make_recipe
 from attnsurgeon.surgery import cuts_of
 
@@ -166,7 +166,7 @@ def export_model(
         told = (stripped,)
     metadata = {**_metadata(model, inputs), "precision": chosen.name}
     meanwhile = ready_process(kind.needs) if kind.needs else nullcontext()
-    with meanwhile, atomic_outputs(output, force=force) as part:
+    with meanwhile, atomic_output(output, force=force) as part:
         progress(f"translating to {kind.name}")
         pair = resized(inputs, 1 if static else 2, size_of(inputs))  # 1 would be a constant
         cast = lowered(model, chosen, pair) if chosen.name in HALVES and precision else None
