@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from attnsurgeon.norms import NormsAtOnce
+from attnsurgeon.answers import AnswersAtOnce
 
 
 @contextmanager
@@ -82,7 +82,7 @@ def on_meta(model: nn.Module) -> Iterator[None]:
             if id(tensor) not in stand_ins:
                 stand_ins[id(tensor)] = _without_memory(tensor)
             tensors[name] = stand_ins[id(tensor)]
-        with NormsAtOnce():  # type: ignore[no-untyped-call]  # not annotated in torch
+        with AnswersAtOnce():  # type: ignore[no-untyped-call]  # not annotated in torch
             yield
     finally:
         for tensors, name, tensor in held:
