@@ -13,7 +13,7 @@ ROOT = PACKAGE.parent
 
 FLOORS = [
     {"errors", "digits"},
-    {"arguments", "answers"},
+    {"arguments", "answers", "noted"},
     {"registry", "gate", "borrow", "outputs", "schema", "tracks", "observation", "walks"},
     {"blocks"},
     {"anatomy", "card", "network", "cost", "trial", "unwrapping", "watch"},
