@@ -73,7 +73,7 @@ class TorchProgram(Format):
             ExportRefused: torch.export cannot take it, or not with free axes.
         """
         self.check(settings)
-        return _ProgramDraft(export_program(model, inputs, dynamic=settings.dynamic), metadata)
+        return _ProgramDraft(export_program(model, inputs, free=settings.free), metadata)
 
     def open(self, path: Path, gates: Mapping[str, Tensor] | None = None) -> Opened:
         """Load the file in a process of its own.
