@@ -133,7 +133,7 @@ def verify_export(
             f"same for {100 * worst.top1_agreement:.0f} %"
         )
     unseen = (_UNSEEN.format(file.name),) if is_int8 and images is None else ()
-    return Agreement(str(file), kind.name, tuple(checks), seen, unseen)
+    return Agreement(str(file), kind.name_of(file), tuple(checks), seen, unseen)
 
 
 def _precision_of(opened: Opened, file: Path) -> Precision:
