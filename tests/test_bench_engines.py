@@ -29,7 +29,14 @@ class TestExportedFiles:
         assert report.comparisons == ()
         assert run.provider == "CPUExecutionProvider"
         assert run.file_bytes >= tiny_onnx.stat().st_size
-        assert (run.parameters, run.macs) == (None, None)
+        model = Tiny()
+        assert run.macs == multiply_adds(model, (torch.zeros(1, 3, 20, 24),))
+        own = sum(p.numel() for p in model.parameters())
+        assert own <= run.parameters <= own + 8  # constants of the graph
+        assert "Relu" in run.uncounted
+        assert "Conv" not in run.uncounted
+        assert run.bandwidth_share > 0
+        assert run.arithmetic_share > 0
         assert "gates, if it has any, as they are in the file" in report.environment["notes"][0]
 
     def test_data_beside_the_file_counts(self, tmp_path):
@@ -113,9 +120,20 @@ class TestExportedFiles:
         write_onnx(Tiny().eval(), (torch.randn(1, 3, 20, 24),), path, dynamic=False)
         ort = {"engines": ("onnxruntime",), **QUICK}
         assert compare_speed([path], **ort).runs[0].batch == 1
-        for wrong in ({"batches": (1, 2)}, {"input_size": (24, 24)}):
-            with pytest.raises(BadOption, match="1x3x20x24 only"):
+        for wrong, says in (
+            ({"batches": (1, 2)}, "takes batches of 1 only, not 2; give --batch 1"),
+            ({"batches": ("max",)}, "takes batches of 1 only, not max; give --batch 1"),
+            ({"input_size": (24, 24)}, "takes inputs of 1x3x20x24 only, not 1x3x24x24"),
+        ):
+            with pytest.raises(BadOption, match=says):
                 compare_speed([path], **ort, **wrong)
+
+    def test_a_batch_that_is_fixed_at_more_than_one_image(self, tmp_path):
+        path = tmp_path / "four.onnx"
+        write_onnx(Tiny().eval(), (torch.randn(4, 3, 20, 24),), path, dynamic=False)
+        (run,) = compare_speed([path], engines=("onnxruntime",), batches=(4,), **QUICK).runs
+        assert run.batch == 4
+        assert run.macs == multiply_adds(Tiny(), (torch.zeros(1, 3, 20, 24),))
 
 
 class TestOnnxRuntime:
@@ -297,8 +315,9 @@ def exported_residual(tmp_path_factory):
     operated = attnsurgeon.insert_attention(Residual(), "se", example=IMAGE)
     for gate in attnsurgeon.gates(operated).values():
         torch.nn.init.constant_(gate, 0.5)
-    for suffix in ("onnx", "pt"):
+    for suffix in ("onnx", "pt", "pt2"):
         attnsurgeon.export_model(operated, folder / f"d.{suffix}", example=IMAGE)
+    attnsurgeon.export_model(operated, folder / "frozen.pt", example=IMAGE, optimize=True)
     return operated, folder
 
 
@@ -307,7 +326,12 @@ class TestExports:
 
     @pytest.mark.parametrize(
         ("engine", "suffix"),
-        [("onnxruntime", "onnx"), ("torchscript", "pt"), ("torchscript-frozen", "pt")],
+        [
+            ("onnxruntime", "onnx"),
+            ("torchscript", "pt"),
+            ("torchscript-frozen", "pt"),
+            ("eager", "pt2"),
+        ],
     )
     def test_alone_and_against_the_network(self, exported_residual, engine, suffix):
         operated, folder = exported_residual
@@ -317,6 +341,61 @@ class TestExports:
         assert {run.engine for run in report.runs} == {engine}
         assert all(run.median_ms > 0 for run in report.runs)
         assert not any("folded" in doubt for run in report.runs for doubt in run.doubts)
+
+    def test_gates_of_a_program_are_opened(self, exported_residual):
+        operated, folder = exported_residual
+        (target,) = targets.read_targets([folder / "d.pt2"])
+        assert target.is_opened
+        assert target.is_sized
+        assert target.fixed == ((None, 3, None, None),)
+        held = dict(target.module.named_parameters())
+        assert [0.25 <= held[name].item() <= 0.75 for name in target.gates] == [True]
+        image = torch.randn(2, *IMAGE.shape[1:])
+        with torch.no_grad():
+            closed = {name: torch.zeros(1) for name in target.gates}
+            shut = torch.func.functional_call(target.module, closed, (image,))
+            assert not torch.allclose(target.module(image), shut)
+
+    def test_a_program_is_compiled_ahead_of_time(self, exported_residual, tmp_path, monkeypatch):
+        def compiled(program, package_path):
+            seen.append(program.module())
+            return package_path
+
+        seen = []
+        monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compiled)
+        monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda package: seen[0])
+        (target,) = targets.read_targets([exported_residual[1] / "d.pt2"])
+        place = engines.Place(torch.device("cpu"), 1, tmp_path)
+        image = torch.randn(2, *IMAGE.shape[1:])
+        runner = engines.get("aotinductor").prepare(target, (image,), place)
+        with torch.no_grad():
+            torch.testing.assert_close(runner.call(), target.module(image))
+
+    def test_a_program_is_for_inference_in_its_own_precision(self, exported_residual):
+        path = exported_residual[1] / "d.pt2"
+        for wrong, says in (
+            ({"train": True}, "is a program for inference; leave it or --train out"),
+            ({"precisions": ("bf16",)}, "holds fp32 numbers and cannot be timed in bf16"),
+            ({"engines": ("torchscript",)}, "give --engine eager alone"),
+        ):
+            with pytest.raises(BadOption, match=says):
+                compare_speed([path], **{**QUICK, **wrong})
+
+    def test_frozen_weights_are_counted(self, exported_residual):
+        operated, folder = exported_residual
+        (run,) = compare_speed([folder / "frozen.pt"], engines=("torchscript",), **QUICK).runs
+        own = sum(p.numel() for p in operated.parameters())
+        assert 0.9 * own < run.parameters < 1.1 * own
+        assert run.macs == multiply_adds(operated, (IMAGE,))
+        assert "equal" not in run.uncounted  # of the compiler, which compares constants
+
+    def test_a_frozen_file_takes_the_channels_of_its_first_convolution(self, tmp_path):
+        path = tmp_path / "grey.pt"
+        scripted = make_torchscript(Tiny(channels=1).eval(), (torch.zeros(2, 1, 8, 8),))
+        with pytest.warns(FutureWarning):
+            torch.jit.freeze(scripted).save(str(path))
+        (target,) = targets.read_targets([path])
+        assert target.example[0].shape == (1, 1, 224, 224)
 
 
 class TestFrozen:

@@ -11,7 +11,8 @@ timing.py, rounds.py, quiet.py    who runs when, for how long, and whether it ha
 interval.py                       the ratio, how sure it is, and the verdict
 ceilings.py, watch.py, doubts.py  what the machine can do, what it did meanwhile, what to doubt
 per_site.py, profiling.py         where the cost sits
-job.py, compare.py                one job, all jobs
+lineup.py, job.py, judging.py     side by side; one job; what it says
+session.py, compare.py            all jobs
 results.py, findings.py           what was found
 schema.py, environment.py         its keys, and where it ran
 regression.py                     results of two days against each other
@@ -19,8 +20,9 @@ regression.py                     results of two days against each other
 
 from __future__ import annotations
 
-from attnsurgeon.bench.compare import BenchInterrupted, compare_speed
+from attnsurgeon.bench.compare import compare_speed
 from attnsurgeon.bench.engines import names as engine_names
 from attnsurgeon.bench.results import Comparison, Report, Timing
+from attnsurgeon.bench.session import BenchInterrupted
 
 __all__ = ["BenchInterrupted", "Comparison", "Report", "Timing", "compare_speed", "engine_names"]

@@ -6,13 +6,15 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from attnsurgeon.bench.exported import is_of_onnxruntime, session_for
+from attnsurgeon.bench.exported import PROFILED_CALLS, is_of_onnxruntime, script_constants
 from attnsurgeon.bench.inputs import cast_inputs
+from attnsurgeon.bench.onnx_cost import count_onnx, numbers_in
 from attnsurgeon.bench.targets import Inputs, Target
 from attnsurgeon.borrow import on_meta
 from attnsurgeon.cost import Count, count_call
@@ -26,8 +28,8 @@ class Cost:
     """What one target costs, whatever runs it.
 
     Attributes:
-        parameters: gates included; None for an .onnx file, whose constants are not told apart.
-        macs: multiply-adds for one image of the compared size; None for an .onnx file.
+        parameters: gates included; of an .onnx or a frozen file all numbers that it holds.
+        macs: multiply-adds for one image of the compared size.
         file_bytes: of the target's file, with the data beside it; None where there is none.
         outputs: shapes of what it returns for the inputs it was tried on.
         uncounted: operators that compute something besides the multiply-adds.
@@ -35,13 +37,13 @@ class Cost:
         map_bytes: read and written for one image if every operator ran on its own.
     """
 
-    parameters: int | None
-    macs: int | None
+    parameters: int
+    macs: int
     file_bytes: int | None
     outputs: tuple[Shape, ...]
-    uncounted: tuple[str, ...] = ()
-    weight_bytes: int | None = None
-    map_bytes: int | None = None
+    uncounted: tuple[str, ...]
+    weight_bytes: int
+    map_bytes: int
 
 
 def count_cost(target: Target, inputs: Inputs) -> Cost:
@@ -55,8 +57,10 @@ def count_cost(target: Target, inputs: Inputs) -> Cost:
     check_axes(target, own)
     try:
         if target.model is None:
-            return Cost(None, None, _bytes_of(target.file), _run_onnx(target, own))
-        outputs, count = _count(target.model, own)
+            assert target.file is not None  # a target without a module is a file
+            outputs, count = count_onnx(target.file, own)
+        else:
+            outputs, count = _count(target.model, own)
     except Exception as error:
         if target.model is None and not is_of_onnxruntime(error):
             raise
@@ -66,9 +70,8 @@ def count_cost(target: Target, inputs: Inputs) -> Cost:
             "give another --input-size"
         ) from error
     batch = next((part.shape[0] for part in own if isinstance(part, Tensor)), 1)
-    parameters = sum(parameter.numel() for parameter in target.model.parameters())
     return Cost(
-        parameters,
+        _numbers_of(target),
         count.macs // batch,
         _bytes_of(target.file),
         outputs,
@@ -79,7 +82,7 @@ def count_cost(target: Target, inputs: Inputs) -> Cost:
 
 
 def check_axes(target: Target, inputs: Inputs) -> None:
-    """Refuse a shape that an .onnx file cannot take.
+    """Refuse a shape that a file cannot take.
 
     Raises:
         BadOption: an axis is fixed at another size.
@@ -89,13 +92,36 @@ def check_axes(target: Target, inputs: Inputs) -> None:
             takes = "x".join("N" if axis is None else str(axis) for axis in fixed)
             given = "x".join(str(axis) for axis in part.shape)
             raise BadOption(
-                f"{target.name} takes inputs of {takes} only, not {given}; give --batch and "
-                "--input-size that fit, or export it without --static"
+                f"{target.name} takes inputs of {takes} only, not {given}; give an "
+                "--input-size that fits, or export it without --static"
             )
 
 
+def fixed_batch(target: Target) -> int | None:
+    """Return the number of images that a file takes in each call, where it fixes that."""
+    return next((axes[0] for axes in target.fixed if axes and axes[0] is not None), None)
+
+
+def check_batch(target: Target, batch: int | str) -> None:
+    """Refuse a batch that a file cannot take.
+
+    Raises:
+        BadOption: it fixes another one.
+    """
+    own = fixed_batch(target)
+    if own not in (None, batch):
+        raise BadOption(
+            f"{target.name} takes batches of {own} only, not {batch}; give --batch {own}, or "
+            "export it without --static"
+        )
+
+
 def _count(model: nn.Module, inputs: Inputs) -> tuple[tuple[Shape, ...], Count]:
-    if not isinstance(model, torch.jit.ScriptModule):
+    if isinstance(model, torch.jit.ScriptModule):
+        with torch.no_grad():
+            for _ in range(PROFILED_CALLS):
+                model(*inputs)
+    else:
         shapes = tree_map_only(Tensor, lambda part: torch.empty_like(part, device="meta"), inputs)
         try:
             with on_meta(model):
@@ -108,18 +134,23 @@ def _count(model: nn.Module, inputs: Inputs) -> tuple[tuple[Shape, ...], Count]:
 def _counted(model: nn.Module, inputs: Inputs) -> tuple[tuple[Shape, ...], Count]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a network's own warnings belong to its own runs
-        weights = [*model.parameters(), *model.buffers()]
+        weights = [*model.parameters(), *model.buffers(), *script_constants(model)]
         output, count = count_call(lambda: model(*inputs), weights)
     leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
     return tuple(tuple(leaf.shape) for leaf in leaves), count
 
 
-def _run_onnx(target: Target, inputs: Inputs) -> tuple[Shape, ...]:
-    assert target.file is not None  # a target without a module is a file
-    session = session_for(target.file, is_optimised=False)
-    names = [node.name for node in session.get_inputs()]
-    feed = {name: part.numpy() for name, part in zip(names, inputs, strict=True)}
-    return tuple(tuple(array.shape) for array in session.run(None, feed))
+def _numbers_of(target: Target) -> int:
+    if target.model is None:
+        return numbers_in(_graph_of(target.file))
+    own = sum(parameter.numel() for parameter in target.model.parameters())
+    return own or sum(constant.numel() for constant in script_constants(target.model))
+
+
+def _graph_of(file: Path | None) -> Any:
+    import onnx
+
+    return onnx.load(str(file), load_external_data=False).graph
 
 
 def _bytes_of(file: Path | None) -> int | None:
@@ -127,12 +158,9 @@ def _bytes_of(file: Path | None) -> int | None:
         return None
     size = file.stat().st_size
     if file.suffix.lower() == ".onnx":
-        import onnx
-
-        graph = onnx.load(str(file), load_external_data=False).graph
         beside = {
             entry.value
-            for tensor in graph.initializer
+            for tensor in _graph_of(file).initializer
             for entry in tensor.external_data
             if entry.key == "location"
         }

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnsurgeon.errors import BadFile, HostUnusable, first_line
 from attnsurgeon.export.onnx_file import Patch, patched, read_file
@@ -31,6 +31,8 @@ GATES_KEY = "gates"
 """Metadata that export_model writes where gates are layers: the names of their tensors as JSON."""
 
 DEFAULT_SIZE = (224, 224)
+PROFILED_CALLS = 3
+"""TorchScript watches the first calls of a new graph and compiles it then."""
 _DTYPES = {
     "tensor(float)": torch.float32,
     "tensor(float16)": torch.float16,
@@ -112,6 +114,8 @@ def session_for(
             "session.model_external_initializers_file_folder_path", str(path.resolve().parent)
         )
     if not is_optimised:
+        # Weights that are laid out anew vanish from what the profiler tells of their nodes.
+        options.add_session_config_entry("session.disable_prepacking", "1")
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return onnxruntime.InferenceSession(
@@ -148,11 +152,11 @@ def read_onnx(path: Path) -> OnnxFile:
         HostUnusable: it takes inputs of a dtype or rank that cannot be made up.
     """
     session = session_for(path, is_optimised=False)
-    told = _read_size(session.get_modelmeta().custom_metadata_map.get(SIZE_KEY, ""))
+    told = read_size(session.get_modelmeta().custom_metadata_map.get(SIZE_KEY, ""))
     example, fixed, is_sized = [], [], True
     for node in session.get_inputs():
         axes: Fixed = tuple(axis if isinstance(axis, int) else None for axis in node.shape)
-        shape = _one_image(axes, told or DEFAULT_SIZE)
+        shape = one_image(axes, told or DEFAULT_SIZE)
         if shape is None or node.type not in _DTYPES:
             raise HostUnusable(
                 f"no input can be made up for {str(path)!r}: {node.name} is {node.type}{node.shape}"
@@ -169,15 +173,11 @@ def _gates_in(path: Path) -> dict[str, Tensor]:
     # Names mean nothing in a file that is not of export_model: it has another author.
     if RECIPE_KEY not in file.notes:
         return {}
-    layers = _read_names(file.notes.get(GATES_KEY, ""))
-    return {
-        name: file.values(name)
-        for name in file.spots
-        if name.rpartition(".")[2] == GATE_NAME or name in layers
-    }
+    layers = read_names(file.notes.get(GATES_KEY, ""))
+    return {name: file.values(name) for name in file.spots if is_gate(name, layers)}
 
 
-def _one_image(axes: Fixed, size: tuple[int, int]) -> tuple[int, ...] | None:
+def one_image(axes: Fixed, size: tuple[int, int]) -> tuple[int, ...] | None:
     """Return the axes with a batch of 1 and free ones filled in, if it is known what they are."""
     rest = axes[1:]
     if len(axes) == 4:
@@ -195,17 +195,39 @@ def read_torchscript(path: Path) -> ScriptFile:
         BadFile: it is not TorchScript.
     """
     module, notes = load_torchscript(path, [SIZE_KEY, RECIPE_KEY, GATES_KEY])
-    told = _read_size(notes[SIZE_KEY])
-    channels, dtype = _entrance(list(module.parameters()))
+    told = read_size(notes[SIZE_KEY])
+    channels, dtype = _entrance([*module.parameters(), *_kernels(module)])
     example = torch.zeros(1, channels, *(told or DEFAULT_SIZE), dtype=dtype)
     # Names mean nothing in a file that is not of export_model: it has another author.
-    layers = _read_names(notes[GATES_KEY])
+    layers = read_names(notes[GATES_KEY])
     gates = {
         name: parameter
         for name, parameter in module.named_parameters()
-        if notes[RECIPE_KEY] and (name.rpartition(".")[2] == GATE_NAME or name in layers)
+        if notes[RECIPE_KEY] and is_gate(name, layers)
     }
     return ScriptFile(module, (example,), told is not None, gates)
+
+
+def script_constants(module: nn.Module) -> list[Tensor]:
+    """Return the floats that a frozen TorchScript network holds as constants of its graph."""
+    if not isinstance(module, torch.jit.ScriptModule) or any(True for _ in module.parameters()):
+        return []
+    graph: Any = module.inlined_graph
+    values = [
+        node.t("value")
+        for node in graph.findAllNodes("prim::Constant")
+        if node.hasAttribute("value") and node.kindOf("value") == "t"
+    ]
+    return [value for value in values if value.is_floating_point()]
+
+
+def _kernels(module: torch.jit.ScriptModule) -> Iterator[Tensor]:
+    """Yield the weights of the convolutions of a frozen network, the first one first."""
+    for node in module.inlined_graph.nodes():
+        if node.kind() in ("aten::conv2d", "aten::_convolution"):
+            weight = list(node.inputs())[1].node()
+            if weight.kind() == "prim::Constant":
+                yield weight.t("value")
 
 
 def _entrance(parameters: Sequence[Tensor]) -> tuple[int, torch.dtype]:
@@ -215,7 +237,13 @@ def _entrance(parameters: Sequence[Tensor]) -> tuple[int, torch.dtype]:
     return 3, torch.float32
 
 
-def _read_names(text: str) -> list[str]:
+def is_gate(name: str, layers: Sequence[str]) -> bool:
+    """Tell whether a tensor of a file is a gate; `layers` are those told by their names."""
+    return name.rpartition(".")[2] == GATE_NAME or name in layers
+
+
+def read_names(text: str) -> list[str]:
+    """Return the names in a file's metadata."""
     try:
         names = json.loads(text)
     except ValueError:
@@ -223,7 +251,8 @@ def _read_names(text: str) -> list[str]:
     return names if isinstance(names, list) else []
 
 
-def _read_size(text: str) -> tuple[int, int] | None:
+def read_size(text: str) -> tuple[int, int] | None:
+    """Return the height and width in a file's metadata, if it tells them."""
     try:
         height, width = json.loads(text)
         return int(height), int(width)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from attnsurgeon.bench.exported import Fixed, read_onnx, read_torchscript
+from attnsurgeon.bench.programs import read_program
 from attnsurgeon.borrow import borrowed_randomness
 from attnsurgeon.card import card_of
 from attnsurgeon.checkpoint import check_readable
@@ -23,6 +24,7 @@ from attnsurgeon.example import as_inputs
 from attnsurgeon.export.onnx_file import Patch, read_file
 from attnsurgeon.gate import named_gates, opened
 from attnsurgeon.host import host_names, load_host
+from attnsurgeon.sources import own, source_of
 from attnsurgeon.store import load_model, load_plain
 from attnsurgeon.surgery import cuts_of, remove_attention
 
@@ -31,6 +33,9 @@ GATES = (0.25, 0.75)
 
 SCRIPT_ENGINES = ("torchscript", "torchscript-frozen")
 ONNX_ENGINES = ("onnxruntime", "onnxruntime-tensorrt")
+PROGRAM_ENGINES = (
+    "eager", "aotinductor", "compile", "compile-max-autotune", "compile-cudagraphs", "cudagraphs",
+)  # fmt: skip
 
 Inputs = tuple[Any, ...]
 
@@ -46,7 +51,7 @@ class Target:
         model: the network on the CPU, in eval mode; None for an .onnx file.
         file: where it came from.
         only: the engines that can run it, where not all can.
-        fixed: for each input of an .onnx file, the axes that it fixes.
+        fixed: for each input of an .onnx or .pt2 file, the axes that it fixes.
         is_sized: whether the example's height and width are known, not guessed.
         is_opened: whether its gates, if it has any, were opened.
         gates: the names of the parameters that were opened.
@@ -128,11 +133,12 @@ def _read_kind(thing: str | os.PathLike[str] | nn.Module, example: Any) -> Targe
     if path.is_file() and name not in host_names():
         raise BadFile(
             f"{name!r} cannot be timed: a target is a .safetensors file of attnsurgeon, an .onnx "
-            "file, a TorchScript .pt file or a model's name"
+            "file, a TorchScript .pt file, a .pt2 program or a model's name"
         )
     with borrowed_randomness(0):
         model = load_host(name, weights="none")
-    return Target(name, _own_example(model), "random", model=model)
+    weights = "given" if source_of(name) is own else "random"
+    return Target(name, _own_example(model), weights, model=model)
 
 
 def _from_safetensors(name: str, path: Path) -> Target:
@@ -173,24 +179,42 @@ def _from_torchscript(name: str, path: Path) -> Target:
     )
 
 
+def _from_program(name: str, path: Path) -> Target:
+    read = read_program(path)
+    _open(read.gates.values())
+    return Target(
+        name,
+        read.example,
+        "file",
+        model=read.module,
+        file=path,
+        only=PROGRAM_ENGINES,
+        fixed=read.fixed,
+        is_sized=read.is_sized,
+        is_opened=bool(read.gates),
+        gates=tuple(read.gates),
+    )
+
+
 _READERS: dict[str, Callable[[str, Path], Target]] = {
     ".safetensors": _from_safetensors,
     ".onnx": _from_onnx,
     ".pt": _from_torchscript,
+    ".pt2": _from_program,
 }
 
 
 def _from_module(module: nn.Module, example: Any) -> Target:
-    own = _opened(copy.deepcopy(module).eval().cpu())
-    is_script = isinstance(own, torch.jit.ScriptModule)
+    twin = _opened(copy.deepcopy(module).eval().cpu())
+    is_script = isinstance(twin, torch.jit.ScriptModule)
     return Target(
         name=str(module.original_name) if is_script else type(module).__name__,
-        example=_own_example(own, example),
+        example=_own_example(twin, example),
         weights="given",
-        model=own,
+        model=twin,
         only=SCRIPT_ENGINES if is_script else (),
         is_opened=not is_script,
-        gates=() if is_script else tuple(named_gates(own)),
+        gates=() if is_script else tuple(named_gates(twin)),
     )
 
 
