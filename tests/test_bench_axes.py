@@ -93,13 +93,15 @@ class TestPrecision:
 
     def test_an_onnx_file_keeps_its_own(self, tiny_onnx):
         options = {"engines": ("onnxruntime",), **QUICK, "input_size": (8, 8)}
-        with pytest.raises(BadOption, match="holds fp32 numbers and cannot be timed in bf16"):
-            compare_speed([tiny_onnx], precisions=("bf16",), **options)
+        with pytest.raises(BadOption, match="holds fp32 numbers and cannot be timed in fp16"):
+            compare_speed([tiny_onnx], precisions=("fp16",), **options)
         assert compare_speed([tiny_onnx], precisions=("fp32",), **options).runs
 
     def test_refusals(self):
         with pytest.raises(UnknownName, match="no precision is called 'fp23'; did you mean"):
             compare_speed([Tiny()], precisions=("fp23",), **SMALL)
+        with pytest.raises(BadOption, match="onnxruntime takes no bf16; leave it or --precision"):
+            compare_speed([Tiny()], engines=("eager", "onnxruntime"), precisions=("bf16",), **SMALL)
         with pytest.raises(BadOption, match="tf32 is of CUDA devices"):
             compare_speed([Tiny()], precisions=("tf32",), **SMALL)
 

@@ -8,7 +8,7 @@ import torch
 
 import attnsurgeon
 from attnsurgeon import bench, compare_speed
-from attnsurgeon.bench import engines, environment, exported, inputs, targets
+from attnsurgeon.bench import engines, environment, exported, inputs, ready, targets
 from attnsurgeon.bench.engines import onnx_runtime
 from attnsurgeon.bench.request import check_request
 from attnsurgeon.cli import bench as cli_bench
@@ -16,6 +16,7 @@ from attnsurgeon.cost import multiply_adds
 from attnsurgeon.errors import (
     BadOption,
     EngineUnavailable,
+    HostUnusable,
 )
 from attnsurgeon.export.onnx import write_onnx
 from attnsurgeon.export.torchscript import make_torchscript
@@ -341,6 +342,31 @@ class TestExports:
         assert {run.engine for run in report.runs} == {engine}
         assert all(run.median_ms > 0 for run in report.runs)
         assert not any("folded" in doubt for run in report.runs for doubt in run.doubts)
+
+    def test_an_onnx_file_whose_attention_is_left_out_is_doubted(self, exported_residual):
+        (target,) = targets.read_targets([exported_residual[1] / "d.onnx"])
+        image = torch.randn(2, *IMAGE.shape[1:])
+        shut = [(start, bytes(len(raw))) for start, raw in target.patches]
+        opened, closed = (
+            ready._outputs_of_file(target, (image,), patches) for patches in (target.patches, shut)
+        )
+        assert ready.gates_doubt(target, (image,), opened) is None
+        assert "folded away" in ready.gates_doubt(target, (image,), closed)
+
+    def test_a_batch_that_an_exporter_fixed_without_a_word(self, tmp_path):
+        class Fixed(Tiny):
+            def forward(self, x):
+                return super().forward(x).view(1, 4)
+
+        path = tmp_path / "one.pt"
+        with pytest.warns((DeprecationWarning, FutureWarning)):
+            torch.jit.trace(Fixed().eval(), torch.zeros(1, 3, 20, 24)).save(str(path))
+        with pytest.raises(
+            HostUnusable, match="does not run on a batch of 2: .*; give the --batch"
+        ):
+            compare_speed(
+                [path], engines=("torchscript",), batches=(2,), input_size=(20, 24), **QUICK
+            )
 
     def test_gates_of_a_program_are_opened(self, exported_residual):
         operated, folder = exported_residual

@@ -59,8 +59,8 @@ def compare_speed(
 
     Args:
         targets: files of attnsurgeon, names of models (random weights; timm's behind `timm:`),
-            .onnx or TorchScript .pt files, or modules. One alone that holds attention is compared
-            with its own host; another one alone is only timed.
+            .onnx, TorchScript .pt or .pt2 files, or modules. One alone that holds attention is
+            compared with its own host; another one alone is only timed.
         engines: names of engine_names().
         device: auto (CUDA where there is one), cpu, cuda or cuda:N.
         batches: numbers of images per call; `max` is the largest that fits into memory.

@@ -93,6 +93,11 @@ def check_request(
     for name, engine in chosen.items():
         if train and not engine.can_train:
             raise BadOption(f"{name} cannot train; leave it or --train out")
+        missing = [precision for precision in precisions if precision in engine.lacks]
+        if missing:
+            raise BadOption(
+                f"{name} takes no {missing[0]}; leave it or --precision {missing[0]} out"
+            )
         if channels_last and not engine.has_layout:
             raise BadOption(f"{name} has a layout of its own; leave it or --channels-last out")
     if train and per_site:
