@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from attnsurgeon.answers import AnswersAtOnce
+
 
 @contextmanager
 def borrowed_modes(model: nn.Module) -> Iterator[None]:
@@ -29,13 +31,14 @@ def borrowed_buffers(model: nn.Module) -> Iterator[None]:
 
     What a forward keeps in plain attributes (anchors, a pyramid) is put back as well.
     """
+    modules = list(model.modules())
     held = [
         (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
+        for module in modules
         for name, buffer in module._buffers.items()
         if buffer is not None
     ]
-    attributes = _attributes(model)
+    attributes = _attributes(modules)
     try:
         yield
     finally:
@@ -46,15 +49,16 @@ def borrowed_buffers(model: nn.Module) -> Iterator[None]:
         _put_back(attributes)
 
 
-def _attributes(model: nn.Module) -> list[tuple[nn.Module, dict[str, Any]]]:
-    return [(module, _plain_attributes(module)) for module in model.modules()]
+def _attributes(modules: list[nn.Module]) -> list[tuple[nn.Module, dict[str, Any]]]:
+    return [(module, _plain_attributes(module)) for module in modules]
 
 
 def _put_back(attributes: list[tuple[nn.Module, dict[str, Any]]]) -> None:
     for module, values in attributes:
-        for name in set(_plain_attributes(module)) - set(values):
-            del module.__dict__[name]
-        module.__dict__.update(values)
+        held = module.__dict__
+        for name in [name for name in held if name[:1] != "_" and name not in values]:
+            del held[name]
+        held.update(values)
 
 
 @contextmanager
@@ -64,8 +68,9 @@ def on_meta(model: nn.Module) -> Iterator[None]:
     Each module is visited once, by whatever paths it can be reached, and tied tensors stay tied.
     What a forward keeps in plain attributes (anchors, say) is put back as well.
     """
+    modules = list(model.modules())
     stores: list[dict[str, Any]] = [
-        store for module in model.modules() for store in (module._parameters, module._buffers)
+        store for module in modules for store in (module._parameters, module._buffers)
     ]
     held = [
         (tensors, name, tensor)
@@ -74,13 +79,14 @@ def on_meta(model: nn.Module) -> Iterator[None]:
         if tensor is not None
     ]
     stand_ins: dict[int, torch.Tensor] = {}
-    attributes = _attributes(model)
+    attributes = _attributes(modules)
     try:
         for tensors, name, tensor in held:
             if id(tensor) not in stand_ins:
                 stand_ins[id(tensor)] = _without_memory(tensor)
             tensors[name] = stand_ins[id(tensor)]
-        yield
+        with AnswersAtOnce():  # type: ignore[no-untyped-call]  # not annotated in torch
+            yield
     finally:
         for tensors, name, tensor in held:
             tensors[name] = tensor
@@ -92,7 +98,7 @@ def _plain_attributes(module: nn.Module) -> dict[str, Any]:
     return {
         name: copy.copy(value) if type(value) in (list, dict, set) else value
         for name, value in module.__dict__.items()
-        if not name.startswith("_")
+        if name[:1] != "_"  # an insertion asks often, and this is soonest told
     }
 
 

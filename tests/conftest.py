@@ -1,5 +1,6 @@
 """What every test may ask for: the command line in this process, and operated files."""
 
+import gc
 import os
 import re
 from dataclasses import dataclass
@@ -41,6 +42,22 @@ class Outcome:
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _imports_are_no_garbage():
+    """Look for garbage among what tests make, and as seldom as the command line does.
+
+    A million objects that imports left would be searched by each race of the bench, which takes
+    half of its tests' time.
+    """
+    before = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
+    yield
+    gc.set_threshold(*before)
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -19,7 +19,6 @@ from attnsurgeon.bench.inputs import common_example, make_inputs
 from attnsurgeon.bench.lineup import Lineup
 from attnsurgeon.bench.per_site import check_sites
 from attnsurgeon.bench.precision import precision_of
-from attnsurgeon.bench.programs import Program
 from attnsurgeon.bench.quiet import borrowed_threads
 from attnsurgeon.bench.request import Request, check_request
 from attnsurgeon.bench.results import Report
@@ -167,10 +166,9 @@ def _check_engines(target: Target, request: Request) -> None:
             raise BadOption(
                 f"{target.name} cannot run on {engine}; give --engine {target.only[0]} alone"
             )
-    is_program = isinstance(target.model, Program)
-    if request.train and is_program:
-        raise BadOption(f"{target.name} is a program for inference; leave it or --train out")
-    if (target.model is None or is_program) and request.precisions != (None,):
+    if request.train and target.only:
+        raise BadOption(f"{target.name} was exported for inference; leave it or --train out")
+    if target.keeps_precision and request.precisions != (None,):
         own = precision_of(target)
         wrong = [precision for precision in request.precisions if precision != own]
         if wrong:

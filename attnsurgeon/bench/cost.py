@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from attnsurgeon.bench.exported import PROFILED_CALLS, is_of_onnxruntime, script_constants
 from attnsurgeon.bench.inputs import cast_inputs
 from attnsurgeon.bench.onnx_cost import count_onnx, numbers_in
+from attnsurgeon.bench.packages import load_package
 from attnsurgeon.bench.targets import Inputs, Target
 from attnsurgeon.borrow import on_meta
 from attnsurgeon.cost import Count, count_call
@@ -28,8 +29,9 @@ class Cost:
     """What one target costs, whatever runs it.
 
     Attributes:
-        parameters: gates included; of an .onnx or a frozen file all numbers that it holds.
-        macs: multiply-adds for one image of the compared size.
+        parameters: gates included; of an .onnx or a frozen file all numbers that it holds, and
+            None of a compiled one, which does not tell them.
+        macs: multiply-adds for one image of the compared size; None for a compiled file.
         file_bytes: of the target's file, with the data beside it; None where there is none.
         outputs: shapes of what it returns for the inputs it was tried on.
         uncounted: operators that compute something besides the multiply-adds.
@@ -37,13 +39,13 @@ class Cost:
         map_bytes: read and written for one image if every operator ran on its own.
     """
 
-    parameters: int
-    macs: int
+    parameters: int | None
+    macs: int | None
     file_bytes: int | None
     outputs: tuple[Shape, ...]
-    uncounted: tuple[str, ...]
-    weight_bytes: int
-    map_bytes: int
+    uncounted: tuple[str, ...] = ()
+    weight_bytes: int | None = None
+    map_bytes: int | None = None
 
 
 def count_cost(target: Target, inputs: Inputs) -> Cost:
@@ -58,11 +60,14 @@ def count_cost(target: Target, inputs: Inputs) -> Cost:
     try:
         if target.model is None:
             assert target.file is not None  # a target without a module is a file
+            if target.file.suffix.lower() == ".pt2":
+                shapes_out = _run_package(target.file, own)
+                return Cost(None, None, _bytes_of(target.file), shapes_out)
             outputs, count = count_onnx(target.file, own)
         else:
             outputs, count = _count(target.model, own)
     except Exception as error:
-        if target.model is None and not is_of_onnxruntime(error):
+        if target.model is None and not _is_foreign(error):
             raise
         shapes = [tuple(part.shape) for part in own if isinstance(part, Tensor)]
         raise HostUnusable(
@@ -138,6 +143,16 @@ def _counted(model: nn.Module, inputs: Inputs) -> tuple[tuple[Shape, ...], Count
         output, count = count_call(lambda: model(*inputs), weights)
     leaves = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor)]
     return tuple(tuple(leaf.shape) for leaf in leaves), count
+
+
+def _is_foreign(error: Exception) -> bool:
+    """Tell whether a runtime raised this, and not a mistake of ours."""
+    return is_of_onnxruntime(error) or type(error) is RuntimeError
+
+
+def _run_package(file: Path, inputs: Inputs) -> tuple[Shape, ...]:
+    outputs = tree_leaves(load_package(file, {})(*inputs))
+    return tuple(tuple(leaf.shape) for leaf in outputs if isinstance(leaf, Tensor))
 
 
 def _numbers_of(target: Target) -> int:

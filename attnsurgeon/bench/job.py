@@ -9,11 +9,12 @@ from attnsurgeon.bench.doubts import machine_doubts, stability_doubt
 from attnsurgeon.bench.engines import Place
 from attnsurgeon.bench.findings import Job, Profile, SiteCosts
 from attnsurgeon.bench.inputs import cast_inputs
-from attnsurgeon.bench.interval import estimate, verdict
+from attnsurgeon.bench.interval import verdict
 from attnsurgeon.bench.judging import compare, doubts_of, judge_time
 from attnsurgeon.bench.lineup import Lineup, Tell
 from attnsurgeon.bench.per_site import cost_sites
 from attnsurgeon.bench.precision import precision_of
+from attnsurgeon.bench.ratios import ratio_of
 from attnsurgeon.bench.ready import gates_doubt
 from attnsurgeon.bench.results import Comparison, Timing
 from attnsurgeon.bench.rounds import Race, RaceInterrupted
@@ -84,7 +85,7 @@ def run_job(
 def _tell_race(tell: Tell, whole: float, share: float, found: Race) -> None:
     so_far = ""
     if len(found.rounds) > 1 and len(found.samples_ms) > 1:
-        ratios = [estimate(found.log_ratios(i)) for i in range(1, len(found.samples_ms))]
+        ratios = [ratio_of(found, i) for i in range(1, len(found.samples_ms))]
         so_far = f": {', '.join(verdict(ratio) for ratio in ratios)}"
     tell(f"measuring{so_far}", whole * share)
 

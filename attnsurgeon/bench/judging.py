@@ -10,9 +10,10 @@ from attnsurgeon.bench.ceilings import Ceilings
 from attnsurgeon.bench.cost import Cost
 from attnsurgeon.bench.doubts import drift_doubt, launch_doubt, spread_doubt, transfer_doubt
 from attnsurgeon.bench.findings import Job
-from attnsurgeon.bench.interval import estimate, student_quantile, verdict
+from attnsurgeon.bench.interval import student_quantile, verdict
 from attnsurgeon.bench.lineup import Lineup
 from attnsurgeon.bench.precision import DTYPES, precision_of
+from attnsurgeon.bench.ratios import ratio_of
 from attnsurgeon.bench.ready import Ready
 from attnsurgeon.bench.results import Comparison, Timing
 from attnsurgeon.bench.rounds import Race
@@ -87,8 +88,10 @@ def _shares(
     batch: int,
     samples_ms: Sequence[float],
     ceilings: Ceilings,
-) -> tuple[float, float]:
+) -> tuple[float | None, float | None]:
     """Return the shares of the memory's and the arithmetic's ceilings that a run reaches."""
+    if cost.macs is None or cost.weight_bytes is None or cost.map_bytes is None:
+        return None, None
     seconds = statistics.median(samples_ms) / 1e3
     narrowed = DTYPES[precision].itemsize / DTYPES[precision_of(target)].itemsize
     moved = narrowed * (cost.weight_bytes + batch * cost.map_bytes)
@@ -116,7 +119,7 @@ def compare(
     baseline = timings[0]
     comparisons = []
     for i, timing in enumerate(timings[1:], start=1):
-        ratio = estimate(found.log_ratios(i))
+        ratio = ratio_of(found, i)
         folded = [doubt for doubt in timing.doubts if doubt.startswith("folded")]
         comparisons.append(
             Comparison(

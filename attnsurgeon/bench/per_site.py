@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attnsurgeon.bench.doubts import machine_doubts
 from attnsurgeon.bench.findings import Job, SiteCost, SiteCosts
-from attnsurgeon.bench.interval import Estimate, estimate
+from attnsurgeon.bench.ratios import ratio_of
 from attnsurgeon.bench.rounds import Race, is_settled
 from attnsurgeon.bench.targets import Inputs, Target
 from attnsurgeon.bench.timing import Runner, race
@@ -88,7 +88,7 @@ def cost_sites(
 def _together(
     job: Job, name: str, costs: Sequence[SiteCost], races: Sequence[Race], doubts: Sequence[str]
 ) -> SiteCosts:
-    together = estimate([own for found in races for own in found.log_ratios(3, 0)])
+    together = ratio_of(races, 3)
     return SiteCosts(
         job=job,
         target=name,
@@ -103,10 +103,20 @@ def _together(
 def _doubts(paths: Sequence[str], races: Sequence[Race], seconds: float, watch: Watch) -> list[str]:
     """Return the reasons not to trust the costs of the sites, or their sum."""
     restless = [path for path, found in zip(paths, races, strict=False) if not is_settled(found)]
+    disturbed = [
+        path
+        for path, found in zip(paths, races, strict=False)
+        if any(found.is_disturbed(i) for i in range(len(found.samples_ms)))
+    ]
     doubts = []
     if len(races) < len(paths):
         doubts.append(
             f"incomplete: {len(races)} of {len(paths)} sites were timed, and the sum is of those"
+        )
+    if disturbed:
+        doubts.append(
+            f"disturbed: at {', '.join(disturbed)} something else held up so many calls that the "
+            "fastest quarter is compared"
         )
     if restless:
         doubts.append(
@@ -129,8 +139,7 @@ def _cut_at(model: nn.Module, path: str) -> Cut:
 
 
 def _cost_of(cut: Cut, shape: tuple[int, ...], found: Race) -> SiteCost:
-    alone_in: Estimate = estimate(found.log_ratios(1, 0))
-    alone_out: Estimate = estimate(found.log_ratios(3, 2))
+    alone_in, alone_out = ratio_of(found, 1), ratio_of(found, 3, baseline=2)
     return SiteCost(cut.path, cut.placement, cut.block, shape, alone_in, alone_out)
 
 
