@@ -56,6 +56,13 @@ def first_line(error: BaseException) -> str:
     return f"it asserts {asserted[-1][1]}" if is_told else type(error).__name__
 
 
+def is_interrupt(error: BaseException | None) -> bool:
+    """Tell whether an interrupt is at the root; libraries wrap it, as a failed import does."""
+    while error is not None and not isinstance(error, KeyboardInterrupt):
+        error = error.__cause__ or error.__context__
+    return error is not None
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return `; did you mean 'x'?` for the closest known name, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.4)

@@ -97,6 +97,12 @@ class TestReport:
             assert found["load_average"] == load
             assert len(found["notes"]) == doubts
 
+    def test_a_call_is_told_with_what_was_given(self):
+        found = compare_speed(["digits"], batches=[2], **QUICK).environment
+        assert found["command"] == (
+            "compare_speed(['digits'], device='cpu', batches=[2], threads=1, seconds=0.2)"
+        )
+
     def test_progress_rises_from_0_to_1(self):
         told = []
         compare_speed(

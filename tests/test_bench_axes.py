@@ -1,5 +1,6 @@
 """Axes of a bench: precision, layout, training, the largest batch, memory that runs out."""
 
+import dataclasses
 import json
 import sys
 
@@ -8,8 +9,8 @@ import torch
 from torch import nn
 
 from attnsurgeon import bench, compare_speed
-from attnsurgeon.bench import engines, job, largest, memory, precision, targets, training
-from attnsurgeon.bench.compare import BenchInterrupted
+from attnsurgeon.bench import engines, largest, lineup, memory, precision, targets, training
+from attnsurgeon.bench.session import BenchInterrupted
 from attnsurgeon.errors import BadOption, EngineUnavailable, MissingPackage, UnknownName
 from tests.networks import IMAGE, QUICK, Residual, Tiny
 
@@ -92,13 +93,15 @@ class TestPrecision:
 
     def test_an_onnx_file_keeps_its_own(self, tiny_onnx):
         options = {"engines": ("onnxruntime",), **QUICK, "input_size": (8, 8)}
-        with pytest.raises(BadOption, match="holds fp32 numbers and cannot be timed in bf16"):
-            compare_speed([tiny_onnx], precisions=("bf16",), **options)
+        with pytest.raises(BadOption, match="holds fp32 numbers and cannot be timed in fp16"):
+            compare_speed([tiny_onnx], precisions=("fp16",), **options)
         assert compare_speed([tiny_onnx], precisions=("fp32",), **options).runs
 
     def test_refusals(self):
         with pytest.raises(UnknownName, match="no precision is called 'fp23'; did you mean"):
             compare_speed([Tiny()], precisions=("fp23",), **SMALL)
+        with pytest.raises(BadOption, match="onnxruntime takes no bf16; leave it or --precision"):
+            compare_speed([Tiny()], engines=("eager", "onnxruntime"), precisions=("bf16",), **SMALL)
         with pytest.raises(BadOption, match="tf32 is of CUDA devices"):
             compare_speed([Tiny()], precisions=("tf32",), **SMALL)
 
@@ -192,17 +195,41 @@ class TestLargest:
             largest.find_largest(attempt, lambda batch: None)
 
     def test_it_becomes_the_batch(self, monkeypatch):
-        make = job.make_inputs
+        make = lineup.make_inputs
 
         def scarce(example, batch, device):
             if batch > 5:
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return make(example, batch, device)
 
-        monkeypatch.setattr(job, "make_inputs", scarce)
+        monkeypatch.setattr(lineup, "make_inputs", scarce)
         report = compare_speed([Tiny()], batches=("max",), **SMALL)
         assert [run.batch for run in report.runs] == [5]
         assert "largest batch that fits on eager: 5 (6 does not)" in report.environment["notes"]
+
+    def test_a_batch_that_is_asked_for_as_well_is_timed_once(self, monkeypatch):
+        monkeypatch.setattr(lineup, "find_largest", lambda attempt, tell: (2, 3))
+        report = compare_speed([Tiny()], batches=("max", 2), **SMALL)
+        assert [run.batch for run in report.runs] == [2]
+        assert "largest batch that fits on eager: 2 (3 does not)" in report.environment["notes"]
+
+    def test_moving_has_to_fit_as_well(self, monkeypatch):
+        moved = []
+        prepare = engines.engine._registry.get("eager").prepare
+
+        def tight(target, inputs, place):
+            def move():
+                moved.append(inputs[0].shape[0])
+                if inputs[0].shape[0] > 4:
+                    raise MemoryError
+
+            return dataclasses.replace(prepare(target, inputs, place), move=move)
+
+        monkeypatch.setitem(
+            engines.engine._registry._things, "eager", engines.Engine(tight, lambda device: None)
+        )
+        report = compare_speed([Tiny()], batches=("max",), **SMALL)
+        assert [run.batch for run in report.runs] == [4]
 
     def test_other_words_are_refused(self):
         with pytest.raises(BadOption, match="--batch takes whole numbers or max, not 'most'"):
@@ -311,6 +338,21 @@ class TestInterrupt:
         assert [run.batch for run in report.runs] == [1, 1]
         assert len(report.comparisons) == 1
         assert json.loads(json.dumps(report.to_json()))["interrupted"]
+
+    def test_one_that_a_library_wraps_counts_as_well(self, monkeypatch):
+        def wrapped(*args):
+            try:
+                raise KeyboardInterrupt
+            except KeyboardInterrupt as stop:
+                raise RuntimeError("worker died") from stop
+
+        def second(text, share):
+            if text.startswith("eager, batch 2"):
+                monkeypatch.setattr(lineup, "send_inputs", wrapped)
+
+        with pytest.raises(BenchInterrupted) as caught:
+            compare_speed([Tiny()], batches=(1, 2), progress=second, **SMALL)
+        assert [run.batch for run in caught.value.report.runs] == [1]
 
     def test_a_race_that_had_begun_counts(self):
         told = []

@@ -21,7 +21,10 @@ from tests.networks import QUICK, Residual, Tiny
 BAD_OPTIONS = [
     ({"batches": (1, 0)}, BadOption, "--batch must be at least 1, not 0"),
     ({"batches": ()}, BadOption, "--batch"),
+    ({"batches": (10**20,)}, BadOption, "--batch must be at most 2147483647, not 1000"),
     ({"threads": 0}, BadOption, "--threads must be at least 1, not 0"),
+    ({"threads": 100000}, BadOption, "--threads must be at most 1024, not 100000"),
+    ({"input_size": (32, 10**9)}, BadOption, "--input-size must be at most 65536"),
     ({"seconds": 0}, BadOption, "--seconds must be above 0, not 0"),
     ({"seconds": -1.0}, BadOption, "--seconds"),
     ({"seconds": float("nan")}, BadOption, "--seconds"),
@@ -82,6 +85,8 @@ class TestBadInput:
             ("noise.safetensors", b"x" * 99, BadFile, "not a whole safetensors file"),
             ("noise.onnx", b"x" * 99, BadFile, "onnxruntime cannot read"),
             ("noise.pt", b"x" * 99, BadFile, "is no TorchScript file"),
+            ("gone.pt2", None, BadFile, "there is no file"),
+            ("noise.pt2", b"x" * 99, BadFile, "is no program of torch.export"),
             ("noise.pth", b"x" * 99, BadFile, "cannot be timed: a target is"),
         ],
     )

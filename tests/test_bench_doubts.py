@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from attnsurgeon import compare_speed
-from attnsurgeon.bench import ceilings, doubts, job, rounds, timing, watch
+from attnsurgeon.bench import ceilings, doubts, job, judging, rounds, timing, watch
 from attnsurgeon.bench.engines import eager, engine
 from attnsurgeon.cost import count_call
-from attnsurgeon.report.figures import supported
+from attnsurgeon.report.figures import milliseconds, percentile_interval, supported
 from tests.networks import IMAGE, QUICK
 from tests.test_bench_race import FakeMachine
 
@@ -83,6 +83,11 @@ class TestReasons:
         told = doubts.stability_doubt(race_of([1.0] * 5 + [1.2] * 5), 1)
         assert told.startswith("not stable")
         assert "--seconds 1" in told
+
+    def test_a_lone_network_that_does_not_settle_is_doubted(self, monkeypatch):
+        monkeypatch.setattr(job, "stability_doubt", lambda race, seconds: "not stable: planted")
+        (run,) = compare_speed(["digits"], **QUICK).runs
+        assert "not stable: planted" in run.doubts
 
     def test_other_load_and_throttled_clocks(self):
         assert doubts.machine_doubts(watch.Noticed(0.05, ())) == []
@@ -206,14 +211,21 @@ class TestFigures:
 
     def test_the_interval_of_a_median(self):
         logs = [math.log(10), math.log(11), math.log(10), math.log(11)]
-        low, high = job.median_interval(logs, 10.5)
+        low, high = judging.median_interval(logs, 10.5)
         assert 9 < low < 10.5 < high < 12
-        assert job.median_interval(logs[:1], 10.5) is None
+        assert judging.median_interval(logs[:1], 10.5) is None
 
     def test_load_time_and_first_run(self, digits_file):
         run = compare_speed([digits_file], engines=("torchscript",), **QUICK).runs[1]
         assert run.load_s > 0.01
         assert run.first_run_ms > run.median_ms
+
+    def test_a_percentile_has_fewer_digits_than_the_median(self):
+        samples = [*(10 + 0.001 * i for i in range(97)), 20.0, 30.0, 40.0]
+        run = {"samples_ms": samples, "median95_ms": [10.047, 10.049]}
+        assert milliseconds({**run, "median_ms": 10.0485}, "median_ms") == "10.0485"
+        assert milliseconds({**run, "p99_ms": 30.123}, "p99_ms") == "30"
+        assert percentile_interval(samples, 50) == (samples[40], samples[60])
 
     @pytest.mark.parametrize(
         ("value", "interval", "text"),

@@ -8,7 +8,7 @@ import torch
 
 import attnsurgeon
 from attnsurgeon import bench, compare_speed
-from attnsurgeon.bench import engines, environment, exported, inputs, targets
+from attnsurgeon.bench import engines, environment, exported, inputs, ready, targets
 from attnsurgeon.bench.engines import onnx_runtime
 from attnsurgeon.bench.request import check_request
 from attnsurgeon.cli import bench as cli_bench
@@ -16,6 +16,7 @@ from attnsurgeon.cost import multiply_adds
 from attnsurgeon.errors import (
     BadOption,
     EngineUnavailable,
+    HostUnusable,
 )
 from attnsurgeon.export.onnx import write_onnx
 from attnsurgeon.export.torchscript import make_torchscript
@@ -29,7 +30,14 @@ class TestExportedFiles:
         assert report.comparisons == ()
         assert run.provider == "CPUExecutionProvider"
         assert run.file_bytes >= tiny_onnx.stat().st_size
-        assert (run.parameters, run.macs) == (None, None)
+        model = Tiny()
+        assert run.macs == multiply_adds(model, (torch.zeros(1, 3, 20, 24),))
+        own = sum(p.numel() for p in model.parameters())
+        assert own <= run.parameters <= own + 8  # constants of the graph
+        assert "Relu" in run.uncounted
+        assert "Conv" not in run.uncounted
+        assert run.bandwidth_share > 0
+        assert run.arithmetic_share > 0
         assert "gates, if it has any, as they are in the file" in report.environment["notes"][0]
 
     def test_data_beside_the_file_counts(self, tmp_path):
@@ -113,9 +121,20 @@ class TestExportedFiles:
         write_onnx(Tiny().eval(), (torch.randn(1, 3, 20, 24),), path, dynamic=False)
         ort = {"engines": ("onnxruntime",), **QUICK}
         assert compare_speed([path], **ort).runs[0].batch == 1
-        for wrong in ({"batches": (1, 2)}, {"input_size": (24, 24)}):
-            with pytest.raises(BadOption, match="1x3x20x24 only"):
+        for wrong, says in (
+            ({"batches": (1, 2)}, "takes batches of 1 only, not 2; give --batch 1"),
+            ({"batches": ("max",)}, "takes batches of 1 only, not max; give --batch 1"),
+            ({"input_size": (24, 24)}, "takes inputs of 1x3x20x24 only, not 1x3x24x24"),
+        ):
+            with pytest.raises(BadOption, match=says):
                 compare_speed([path], **ort, **wrong)
+
+    def test_a_batch_that_is_fixed_at_more_than_one_image(self, tmp_path):
+        path = tmp_path / "four.onnx"
+        write_onnx(Tiny().eval(), (torch.randn(4, 3, 20, 24),), path, dynamic=False)
+        (run,) = compare_speed([path], engines=("onnxruntime",), batches=(4,), **QUICK).runs
+        assert run.batch == 4
+        assert run.macs == multiply_adds(Tiny(), (torch.zeros(1, 3, 20, 24),))
 
 
 class TestOnnxRuntime:
@@ -297,8 +316,9 @@ def exported_residual(tmp_path_factory):
     operated = attnsurgeon.insert_attention(Residual(), "se", example=IMAGE)
     for gate in attnsurgeon.gates(operated).values():
         torch.nn.init.constant_(gate, 0.5)
-    for suffix in ("onnx", "pt"):
+    for suffix in ("onnx", "pt", "pt2"):
         attnsurgeon.export_model(operated, folder / f"d.{suffix}", example=IMAGE)
+    attnsurgeon.export_model(operated, folder / "frozen.pt", example=IMAGE, optimize=True)
     return operated, folder
 
 
@@ -307,7 +327,12 @@ class TestExports:
 
     @pytest.mark.parametrize(
         ("engine", "suffix"),
-        [("onnxruntime", "onnx"), ("torchscript", "pt"), ("torchscript-frozen", "pt")],
+        [
+            ("onnxruntime", "onnx"),
+            ("torchscript", "pt"),
+            ("torchscript-frozen", "pt"),
+            ("eager", "pt2"),
+        ],
     )
     def test_alone_and_against_the_network(self, exported_residual, engine, suffix):
         operated, folder = exported_residual
@@ -317,6 +342,47 @@ class TestExports:
         assert {run.engine for run in report.runs} == {engine}
         assert all(run.median_ms > 0 for run in report.runs)
         assert not any("folded" in doubt for run in report.runs for doubt in run.doubts)
+
+    def test_an_onnx_file_whose_attention_is_left_out_is_doubted(self, exported_residual):
+        (target,) = targets.read_targets([exported_residual[1] / "d.onnx"])
+        image = torch.randn(2, *IMAGE.shape[1:])
+        shut = [(start, bytes(len(raw))) for start, raw in target.patches]
+        opened, closed = (
+            ready._outputs_of_file(target, (image,), patches) for patches in (target.patches, shut)
+        )
+        assert ready.gates_doubt(target, (image,), opened) is None
+        assert "folded away" in ready.gates_doubt(target, (image,), closed)
+
+    def test_a_batch_that_an_exporter_fixed_without_a_word(self, tmp_path):
+        class Fixed(Tiny):
+            def forward(self, x):
+                return super().forward(x).view(1, 4)
+
+        path = tmp_path / "one.pt"
+        with pytest.warns((DeprecationWarning, FutureWarning)):
+            torch.jit.trace(Fixed().eval(), torch.zeros(1, 3, 20, 24)).save(str(path))
+        with pytest.raises(
+            HostUnusable, match="does not run on a batch of 2: .*; give the --batch"
+        ):
+            compare_speed(
+                [path], engines=("torchscript",), batches=(2,), input_size=(20, 24), **QUICK
+            )
+
+    def test_frozen_weights_are_counted(self, exported_residual):
+        operated, folder = exported_residual
+        (run,) = compare_speed([folder / "frozen.pt"], engines=("torchscript",), **QUICK).runs
+        own = sum(p.numel() for p in operated.parameters())
+        assert 0.9 * own < run.parameters < 1.1 * own
+        assert run.macs == multiply_adds(operated, (IMAGE,))
+        assert "equal" not in run.uncounted  # of the compiler, which compares constants
+
+    def test_a_frozen_file_takes_the_channels_of_its_first_convolution(self, tmp_path):
+        path = tmp_path / "grey.pt"
+        scripted = make_torchscript(Tiny(channels=1).eval(), (torch.zeros(2, 1, 8, 8),))
+        with pytest.warns(FutureWarning):
+            torch.jit.freeze(scripted).save(str(path))
+        (target,) = targets.read_targets([path])
+        assert target.example[0].shape == (1, 1, 224, 224)
 
 
 class TestFrozen:

@@ -12,15 +12,16 @@ import pytest
 from rich.console import Console
 
 from attnsurgeon import compare_speed, gates
-from attnsurgeon.bench import per_site, regression
-from attnsurgeon.bench.compare import BenchInterrupted
+from attnsurgeon.bench import job, per_site, regression
 from attnsurgeon.bench.interval import Estimate
 from attnsurgeon.bench.schema import SCHEMA, VERSION, misfit
+from attnsurgeon.bench.session import BenchInterrupted
 from attnsurgeon.bench.targets import read_targets
 from attnsurgeon.errors import BadFile, BadOption, MissingPackage, TooSlow
+from attnsurgeon.report import charts
 from attnsurgeon.report.files import write_results
 from attnsurgeon.report.live import live_progress
-from attnsurgeon.report.wording import doubts_of_runs, sums_in_words
+from attnsurgeon.report.wording import doubts_of_runs, short_names, sums_in_words
 from attnsurgeon.surgery import cuts_of
 
 QUICK = ("--seconds", "0.1", "--threads", "1", "--device", "cpu")
@@ -43,9 +44,7 @@ class TestSchema:
         def undocumented(value, kind, where=""):
             if isinstance(value, dict):
                 known = kind.get("properties", {})
-                packages = ("attnsurgeon", "torch", "torchvision", "onnxruntime", "numpy")
-                extra = {*packages, "triton", "timm"} if where == ".environment" else set()
-                yield from (f"{where}.{key}" for key in set(value) - set(known) - extra)
+                yield from (f"{where}.{key}" for key in set(value) - set(known))
                 for key in set(value) & set(known):
                     yield from undocumented(value[key], known[key], f"{where}.{key}")
             elif isinstance(value, list):
@@ -158,6 +157,28 @@ class TestRegression:
         with pytest.raises(BadFile, match=words):
             regression.read_results(path)
 
+    def test_files_of_one_name_in_two_folders_are_kept_apart(self, results):
+        old = other(results, ratio=1.02)
+        twin = {**old["comparisons"][0], "target": "elsewhere/" + old["comparisons"][0]["target"]}
+        old["comparisons"].append(twin)
+        new = copy.deepcopy(old)
+        new["comparisons"][0]["ratio"] = 1.2
+        new["comparisons"][0]["interval95"] = [1.19, 1.21]
+        first, second = regression.compare_results(old, new).changes
+        assert first.change.ratio == pytest.approx(1.2 / 1.02)
+        assert second.what == f"{first.what} (2)"
+        with pytest.raises(TooSlow):
+            regression.compare_results(old, new).check(0.03)
+
+    def test_figures_have_the_digits_that_their_intervals_support(self, run, folder, results):
+        vague = other(results, ratio=1.2345)
+        vague["comparisons"][0]["interval95"] = [1.0, 1.4]
+        for name in ("old.json", "new.json"):
+            (folder / name).write_text(json.dumps(vague))
+        out = run("bench", "--compare", "old.json", "new.json").out
+        assert "1.23" in out
+        assert "1.234" not in out
+
     def test_the_command(self, run, folder, results, refused):
         for name, ratio in (("old.json", 1.02), ("new.json", 1.09)):
             (folder / name).write_text(json.dumps(other(results, ratio=ratio)))
@@ -206,12 +227,23 @@ class TestFiles:
         assert float(rows[1]["ratio"]) == results["comparisons"][0]["ratio"]
         assert rows[0]["ratio"] == ""
 
+    def test_a_file_against_itself_has_one_ratio_in_csv(self, results, tmp_path):
+        twice = copy.deepcopy(results)
+        for run in twice["runs"]:
+            run["target"] = twice["comparisons"][0]["target"]
+        write_results(twice, tmp_path / "r.csv")
+        rows = list(csv.DictReader(io.StringIO((tmp_path / "r.csv").read_text())))
+        assert [bool(row["ratio"]) for row in rows] == [False, True]
+
     def test_markdown(self, results, tmp_path):
+        results = copy.deepcopy(results)
+        results["runs"][0]["doubts"] = ["spread: 20 %"]
         write_results(results, tmp_path / "r.md")
         text = (tmp_path / "r.md").read_text()
         assert results["comparisons"][0]["verdict"] in text
         assert results["environment"]["command"] in text
         assert "`features.5`" in text
+        assert ": spread: 20 %" in text
 
     def test_html_is_whole_and_fetches_nothing(self, results, tmp_path):
         results = copy.deepcopy(results)
@@ -238,6 +270,29 @@ class TestFiles:
         places = re.findall(r"left:(-?[\d.]+)%", (tmp_path / "r.html").read_text(encoding="utf-8"))
         assert places
         assert all(0 <= float(place) <= 100 for place in places)
+
+    def test_targets_are_told_by_their_names_without_folders(self, results, tmp_path):
+        write_results(results, tmp_path / "r.html")
+        page = (tmp_path / "r.html").read_text(encoding="utf-8").partition("</pre>")[2]
+        target = results["comparisons"][0]["target"]
+        assert target not in page
+        assert target.rpartition("/")[2] in page
+
+    def test_names_keep_what_tells_them_apart(self):
+        runs = [{"target": name} for name in ("a/x.pt", "b/x.pt", "c/y.pt", "timm:z")]
+        assert short_names({"runs": runs, "comparisons": []}) == {
+            **{"a/x.pt": "a/x.pt", "b/x.pt": "b/x.pt", "c/y.pt": "y.pt", "timm:z": "timm:z"}
+        }
+
+    def test_every_target_has_a_colour_of_its_own(self):
+        colours = [charts._colour(number) for number in range(9)]
+        assert len(set(colours)) == 9
+
+    def test_columns_without_figures_are_left_out(self, results, tmp_path):
+        write_results(results, tmp_path / "r.html")
+        page = (tmp_path / "r.html").read_text(encoding="utf-8")
+        assert "host MiB" in page
+        assert "GPU MiB" not in page
 
     @pytest.mark.parametrize("form", ["png", "svg"])
     def test_pictures(self, results, tmp_path, form):
@@ -358,6 +413,31 @@ class TestSites:
         alone = sum(site["alone_in"]["ratio"] - 1 for site in costs["sites"])
         assert costs["sum_alone_in"] == pytest.approx(alone, abs=2e-4)
 
+    def test_an_interrupt_keeps_the_job_and_the_sites_before(self, digits_file):
+        def stop(text, share):
+            if text.endswith("site features.6"):
+                raise KeyboardInterrupt
+
+        with pytest.raises(BenchInterrupted) as caught:
+            compare_speed(
+                [digits_file], seconds=0.05, threads=1, device="cpu", per_site=True, progress=stop
+            )
+        report = caught.value.report
+        assert len(report.runs) == 2
+        assert len(report.comparisons) == 1
+        (costs,) = report.sites
+        assert [site.path for site in costs.sites] == ["features.5"]
+        assert costs.doubts[0].startswith("incomplete: 1 of 2 sites were timed")
+
+    def test_too_little_memory_for_the_sites_keeps_the_times(self, digits_file, monkeypatch):
+        def scarce(*args):
+            raise MemoryError
+
+        monkeypatch.setattr(job, "cost_sites", scarce)
+        report = compare_speed([digits_file], seconds=0.05, threads=1, device="cpu", per_site=True)
+        assert len(report.comparisons) == 1
+        assert report.failures[0].reason.endswith("eager, fp32, with --per-site or --profile")
+
     def test_what_is_timed_has_that_attention_alone_and_its_gates_open(self, digits_file):
         target = read_targets([digits_file])[1]
         both = ["features.5", "features.6"]
@@ -405,10 +485,13 @@ class TestProfile:
 
 def test_doubts_that_the_ratio_told_are_not_told_again(results):
     changed = copy.deepcopy(results)
-    for found in (*changed["comparisons"], *changed["runs"]):
+    for found in (*changed["comparisons"], *changed["runs"], *changed["sites"]):
         found["doubts"] = ["other load: 1"]
     changed["runs"][0]["doubts"].append("spread: 20 %")
-    assert [doubt for _, doubt in doubts_of_runs(changed)] == ["spread: 20 %"]
+    changed["sites"][0]["doubts"].append("not stable: at features.5")
+    told = doubts_of_runs(changed)
+    assert [doubt for _, doubt in told] == ["spread: 20 %", "not stable: at features.5"]
+    assert told[1][0].startswith("sites of ")
 
 
 def test_estimates_divide(results):

@@ -59,7 +59,7 @@ def test_what_it_costs_and_whether_its_attention_is_there(program):
 
 def test_axes_that_it_fixes(tmp_path):
     path = written(tmp_path / "x.pt2", Settings(dynamic=False))
-    with pytest.raises(BadOption, match=r"takes inputs of 1x3x32x32 only, not 2x3x32x32"):
+    with pytest.raises(BadOption, match=r"takes batches of 1 only, not 2; give --batch 1"):
         attnsurgeon.compare_speed([path], batches=(2,))
 
 

@@ -1,5 +1,6 @@
 """The scripts that judge the bench: they run, and a wrong instrument does not pass."""
 
+import argparse
 import json
 import sys
 from pathlib import Path
@@ -7,13 +8,18 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from attnsurgeon.bench import Comparison, Timing
 from attnsurgeon.bench.interval import NOISE
+from attnsurgeon.errors import EngineUnavailable
+from attnsurgeon.surgery import cuts_of
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
 import gpu  # noqa: E402
+import gpu_table  # noqa: E402
 import instrument  # noqa: E402
 
 
@@ -84,7 +90,7 @@ class TestGpu:
         (entry,) = results["entries"]
         assert all(check["exact"] and not check["dead"] for check in entry["checks"])
         assert {"fp32", "bf16", "autocast bf16"} <= {c["precision"] for c in entry["checks"]}
-        assert entry["environment"]["ceilings"]
+        assert entry["environment"]["eager"]["ceilings"]
         (row,) = [row for row in entry["rows"] if row["batch"] == 1][:1]
         assert row["timm"]["ratio"] > 0
         assert row["least_ratio"] > 1
@@ -96,6 +102,88 @@ class TestGpu:
         out = capsys.readouterr().out
         assert results["machine"] in out
         assert "| resnet18 | se | eager" in out
+
+    def test_what_a_file_has_is_not_measured_again(self, results, tmp_path, monkeypatch, capsys):
+        path = tmp_path / "gpu.json"
+        path.write_text(json.dumps(results))
+        monkeypatch.setattr(gpu, "measure", lambda *args: pytest.fail("it was measured again"))
+        monkeypatch.setattr(gpu, "write_readme", lambda *args: None)
+        gpu.main(["--model", "resnet18", "--block", "se", "-o", str(path)])
+        assert "| resnet18 | se | eager" in capsys.readouterr().out
+        path.write_text(json.dumps({**results, "machine": "another"}))
+        with pytest.raises(SystemExit, match="is of another, this is"):
+            gpu.main(["--model", "resnet18", "--block", "se", "-o", str(path)])
+
+    def test_the_readme_gets_the_table_between_its_marks(self, results, tmp_path):
+        readme = tmp_path / "README.md"
+        readme.write_text(f"before\n{gpu_table.BEGIN}old\n{gpu_table.END}after\n")
+        for _ in range(2):
+            gpu_table.write_readme(results, readme)
+        text = readme.read_text()
+        assert text.count("| resnet18 | se | eager") == len(results["entries"][0]["rows"])
+        assert "old" not in text
+        assert text.startswith(f"before\n{gpu_table.BEGIN}")
+        assert text.endswith(f"{gpu_table.END}after\n")
+
+    def test_the_readme_is_what_was_measured(self):
+        text = gpu_table.README.read_text(encoding="utf-8")
+        told = text.partition(gpu_table.BEGIN)[2].partition(gpu_table.END)[0].strip()
+        if gpu.RESULTS.exists():
+            assert told == gpu_table.table_of(json.loads(gpu.RESULTS.read_text())).strip()
+        else:
+            assert told.startswith("No GPU was at hand")
+            assert "|" not in told
+
+    def test_the_goal_is_judged(self, results):
+        row = {**results["entries"][0]["rows"][0], "engine": "compile", "least_ratio": 1.02}
+        rows = [
+            {**row, "ours": {"ratio": ratio}, "timm": {"ratio": 1.06}} for ratio in (1.02, 1.05)
+        ]
+        entries = [{"block": "se", "rows": rows}, {"block": "gc", "rows": rows}]
+        (told,) = gpu_table._goal({"entries": entries})
+        assert "at most half of timm's in 1 of 2 runs" in told
+        assert "must cost in 1." in told
+
+    def test_an_engine_that_cannot_take_it_leaves_the_others(self, monkeypatch):
+        def refuse(sides, engine, *rest):
+            if engine == "compile":
+                raise EngineUnavailable("torch.compile cannot take it")
+            raise StopIteration
+
+        monkeypatch.setattr(gpu, "time_sides", refuse)
+        monkeypatch.setattr(gpu, "check_precisions", lambda *args: iter(()))
+        words = argparse.Namespace(size=32, engine=["compile"])
+        entry = gpu.measure("resnet18", "se", words, torch.device("cpu"))
+        assert entry["failures"] == [
+            {"engine": "compile", "reason": "torch.compile cannot take it"}
+        ]
+
+    @pytest.mark.parametrize(
+        ("host", "placement"),
+        [
+            (lambda: ResNet(BasicBlock, [1, 1, 1, 1]), "replace"),
+            (lambda: ConvNeXt([CNBlockConfig(16, 32, 1), CNBlockConfig(32, None, 1)]), "standard"),
+        ],
+    )
+    def test_timms_own_stand_in_the_same_places(self, host, placement):
+        pytest.importorskip("timm")
+        image = torch.randn(1, 3, 32, 32)
+        operated = gpu.insert(host().eval(), "sk", image)
+        twin = gpu.with_timm(operated)
+        kinds = [type(module).__name__ for module in twin.modules()]
+        assert kinds.count("SelectiveKernel") == len(cuts_of(operated))
+        assert {cut.placement for cut in cuts_of(operated)} == {placement}
+        with torch.no_grad():
+            assert twin(image).shape == (1, 1000)
+
+    @pytest.mark.parametrize(
+        ("gradient", "is_alive"),
+        [(None, False), ([0.0], False), ([float("nan")], False), ([float("inf")], False),
+         ([1e-3], True)],
+    )  # fmt: skip
+    def test_a_gradient_that_is_no_number_is_dead(self, gradient, is_alive):
+        value = None if gradient is None else torch.tensor(gradient)
+        assert gpu._is_alive(value) == is_alive
 
     def test_a_changed_output_is_noticed(self):
         class Net(nn.Module):

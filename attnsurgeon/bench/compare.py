@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
+import inspect
 import os
 import tempfile
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,32 +13,22 @@ import torch
 from torch import nn
 
 from attnsurgeon.arguments import typed
-from attnsurgeon.bench.cost import check_axes, check_comparable, count_cost
-from attnsurgeon.bench.engines import Place
+from attnsurgeon.bench.cost import check_batch, check_comparable, count_cost, fixed_batch
 from attnsurgeon.bench.environment import describe
-from attnsurgeon.bench.findings import Failure, Job
 from attnsurgeon.bench.inputs import common_example, make_inputs
-from attnsurgeon.bench.job import Field, JobInterrupted, Outcome, largest_batch, run_job
-from attnsurgeon.bench.memory import bounded_memory, is_out_of_memory, release_memory
+from attnsurgeon.bench.lineup import Lineup
 from attnsurgeon.bench.per_site import check_sites
-from attnsurgeon.bench.precision import borrowed_tf32, precision_of
+from attnsurgeon.bench.precision import precision_of
 from attnsurgeon.bench.quiet import borrowed_threads
-from attnsurgeon.bench.request import Batch, Request, check_request
+from attnsurgeon.bench.request import Request, check_request
 from attnsurgeon.bench.results import Report
+from attnsurgeon.bench.session import Session
 from attnsurgeon.bench.targets import Target, read_targets
 from attnsurgeon.borrow import borrowed_randomness
 from attnsurgeon.errors import BadOption
 from attnsurgeon.network import check_mode
 
 Progress = Callable[[str, float], None]
-
-
-class BenchInterrupted(KeyboardInterrupt):
-    """An interrupt after something had been measured: `report` holds it."""
-
-    def __init__(self, report: Report) -> None:
-        super().__init__()
-        self.report = report
 
 
 @typed
@@ -69,8 +58,8 @@ def compare_speed(
 
     Args:
         targets: files of attnsurgeon, names of models (random weights; timm's behind `timm:`),
-            .onnx or TorchScript .pt files, or modules. One alone that holds attention is compared
-            with its own host; another one alone is only timed.
+            .onnx, TorchScript .pt or .pt2 files, or modules. One alone that holds attention is
+            compared with its own host; another one alone is only timed.
         engines: names of engine_names().
         device: auto (CUDA where there is one), cpu, cuda or cuda:N.
         batches: numbers of images per call; `max` is the largest that fits into memory.
@@ -104,6 +93,7 @@ def compare_speed(
         >>> report.runs[0].median_ms > 0
         True
     """
+    asked = dict(locals())
     check_mode()
     request = check_request(
         engines, device, batches, threads, seconds, input_size, precisions,
@@ -119,9 +109,10 @@ def compare_speed(
         tempfile.TemporaryDirectory(prefix="attnsurgeon-") as folder,
     ):
         lineup = _line_up(read_targets(targets, example), request)
-        typed = command or f"compare_speed({[target.name for target in lineup.targets]})"
-        environment = describe(request, lineup.targets, lineup.example, typed)
-        session = _Session(lineup, Path(folder), tell, environment)
+        environment = describe(
+            request, lineup.targets, lineup.example, command or _call_in_words(asked)
+        )
+        session = Session(lineup, Path(folder), tell, environment)
         for number, wanted in enumerate(request.jobs):
             session.run(number, *wanted)
     tell("done", 1.0)
@@ -130,91 +121,24 @@ def compare_speed(
     return session.report()
 
 
-@dataclass
-class _Session:
-    """All jobs of one comparison, and what they have found so far."""
-
-    lineup: Field
-    folder: Path
-    tell: Progress
-    environment: dict[str, Any]
-    outcome: Outcome = field(default_factory=Outcome)
-    failures: list[Failure] = field(default_factory=list)
-
-    def run(self, number: int, engine: str, precision: str | None, batch: Batch) -> None:
-        """Run one job; too little memory is noted."""
-        request = self.lineup.request
-        place = Place(request.device, request.threads, self.folder, precision, request.train)
-        try:
-            with bounded_memory(request.device), borrowed_tf32(allowed=precision == "tf32"):
-                self._run(number, engine, precision, batch, place)
-        except KeyboardInterrupt as stop:
-            if isinstance(stop, JobInterrupted):
-                self._take(stop.outcome)
-            if not self.outcome.timings:
-                raise
-            raise BenchInterrupted(self.report(is_interrupted=True)) from None
-        except Exception as error:
-            if not is_out_of_memory(error):
-                raise
-            tried = batch if isinstance(batch, int) else 1
-            self._fail(self._job(engine, precision, tried))
-        finally:
-            release_memory()
-
-    def _run(
-        self, number: int, engine: str, precision: str | None, batch: Batch, place: Place
-    ) -> None:
-        label = self._job(engine, precision, 0)
-        if isinstance(batch, str):
-            told = functools.partial(self._tell, number, f"{engine}, batch {batch}")
-            fits, too_large = largest_batch(self.lineup, engine, precision, place, told)
-            if not fits:
-                self._fail(self._job(engine, precision, 1))
-                return
-            what = str(label).replace(", batch 0", "")
-            self.environment["notes"].append(
-                f"largest batch that fits on {what}: {fits} ({too_large} does not)"
-            )
-            batch = fits
-        job = self._job(engine, precision, batch)
-        told = functools.partial(self._tell, number, str(job))
-        self._take(run_job(self.lineup, job, precision, place, told))
-
-    def _job(self, engine: str, precision: str | None, batch: int) -> Job:
-        request = self.lineup.request
-        own = precision or precision_of(self.lineup.targets[0])
-        device = str(request.device)
-        return Job(engine, device, batch, own, request.channels_last, request.train)
-
-    def _tell(self, number: int, job: str, text: str, share: float) -> None:
-        self.tell(f"{job}: {text}", (number + share) / len(self.lineup.request.jobs))
-
-    def _fail(self, job: Job) -> None:
-        reason = f"out of memory: batch {job.batch} does not fit on {job.engine}, {job.precision}"
-        self.failures.append(Failure(job, reason))
-
-    def _take(self, found: Outcome) -> None:
-        self.outcome.timings += found.timings
-        self.outcome.comparisons += found.comparisons
-        self.outcome.sites += found.sites
-        self.outcome.profiles += found.profiles
-
-    def report(self, *, is_interrupted: bool = False) -> Report:
-        """Return all that was found."""
-        ceilings = [one.to_json() for one in self.lineup.known_ceilings]
-        return Report(
-            environment={**self.environment, "ceilings": ceilings},
-            runs=tuple(self.outcome.timings),
-            comparisons=tuple(self.outcome.comparisons),
-            failures=tuple(self.failures),
-            sites=tuple(self.outcome.sites),
-            profiles=tuple(self.outcome.profiles),
-            is_interrupted=is_interrupted,
-        )
+def _call_in_words(asked: Mapping[str, Any]) -> str:
+    """Return the call of compare_speed, with the arguments that are not the defaults."""
+    things = [
+        type(t).__name__ if isinstance(t, nn.Module) else os.fspath(t) for t in asked["targets"]
+    ]
+    told = [repr(things)]
+    for name, parameter in inspect.signature(compare_speed).parameters.items():
+        given = asked[name]
+        if name in ("targets", "progress", "command") or given is parameter.default:
+            continue
+        if name == "example":  # a tensor is no word
+            told.append("example=...")
+        elif given != parameter.default:
+            told.append(f"{name}={given!r}")
+    return f"compare_speed({', '.join(told)})"
 
 
-def _line_up(targets: Sequence[Target], request: Request) -> Field:
+def _line_up(targets: Sequence[Target], request: Request) -> Lineup:
     """Try every target once, and refuse what could not be compared later.
 
     Raises:
@@ -226,15 +150,14 @@ def _line_up(targets: Sequence[Target], request: Request) -> Field:
     if request.per_site:
         check_sites(targets)
     example = common_example(targets, request.input_size)
-    cpu = torch.device("cpu")
-    numbers = [batch for batch in request.batches if isinstance(batch, int)]
-    for batch in numbers:
+    for batch in request.batches:
         for target in targets:
-            check_axes(target, make_inputs(example, batch, cpu))
-    inputs = make_inputs(example, 1, cpu)
+            check_batch(target, batch)
+    fixed = next((own for target in targets if (own := fixed_batch(target))), 1)
+    inputs = make_inputs(example, fixed, torch.device("cpu"))
     costs = tuple(count_cost(target, inputs) for target in targets)
     check_comparable(targets, costs)
-    return Field(tuple(targets), costs, example, request)
+    return Lineup(tuple(targets), costs, example, request)
 
 
 def _check_engines(target: Target, request: Request) -> None:

@@ -51,7 +51,8 @@ def stability_doubt(race: Race, seconds: float) -> str | None:
     """Doubt a race that was not stable when the patience was over."""
     if is_settled(race):
         return None
-    if any(race.is_disturbed(i) for i in range(len(race.samples_ms))):
+    count = len(race.samples_ms)
+    if count > 1 and any(race.is_disturbed(i) for i in range(count)):
         return (
             "disturbed: something else held up so many calls that the fastest quarter of each "
             "target is compared; measure again on a quiet machine"

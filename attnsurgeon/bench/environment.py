@@ -13,11 +13,10 @@ from typing import Any
 
 import torch
 
+from attnsurgeon.bench.schema import PACKAGES
 from attnsurgeon.bench.targets import GATES, Target
 from attnsurgeon.bench.watch import ask_nvidia, governor
 from attnsurgeon.errors import BadOption, EngineUnavailable
-
-PACKAGES = ("attnsurgeon", "torch", "torchvision", "onnxruntime", "numpy", "triton", "timm")
 
 
 def find_device(text: str) -> torch.device:

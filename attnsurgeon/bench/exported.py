@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from attnsurgeon.errors import BadFile, HostUnusable, first_line
 from attnsurgeon.export.onnx_file import Patch, patched, read_file
@@ -31,6 +31,8 @@ GATES_KEY = "gates"
 """Metadata that export_model writes where gates are layers: the names of their tensors as JSON."""
 
 DEFAULT_SIZE = (224, 224)
+PROFILED_CALLS = 3
+"""TorchScript watches the first calls of a new graph and compiles it then."""
 _DTYPES = {
     "tensor(float)": torch.float32,
     "tensor(float16)": torch.float16,
@@ -112,6 +114,8 @@ def session_for(
             "session.model_external_initializers_file_folder_path", str(path.resolve().parent)
         )
     if not is_optimised:
+        # Weights that are laid out anew vanish from what the profiler tells of their nodes.
+        options.add_session_config_entry("session.disable_prepacking", "1")
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         return onnxruntime.InferenceSession(
@@ -170,11 +174,7 @@ def _gates_in(path: Path) -> dict[str, Tensor]:
     if RECIPE_KEY not in file.notes:
         return {}
     layers = read_names(file.notes.get(GATES_KEY, ""))
-    return {
-        name: file.values(name)
-        for name in file.spots
-        if name.rpartition(".")[2] == GATE_NAME or name in layers
-    }
+    return {name: file.values(name) for name in file.spots if is_gate(name, layers)}
 
 
 def one_image(axes: Fixed, size: tuple[int, int]) -> tuple[int, ...] | None:
@@ -196,16 +196,38 @@ def read_torchscript(path: Path) -> ScriptFile:
     """
     module, notes = load_torchscript(path, [SIZE_KEY, RECIPE_KEY, GATES_KEY])
     told = read_size(notes[SIZE_KEY])
-    channels, dtype = _entrance(list(module.parameters()))
+    channels, dtype = _entrance([*module.parameters(), *_kernels(module)])
     example = torch.zeros(1, channels, *(told or DEFAULT_SIZE), dtype=dtype)
     # Names mean nothing in a file that is not of export_model: it has another author.
     layers = read_names(notes[GATES_KEY])
     gates = {
         name: parameter
         for name, parameter in module.named_parameters()
-        if notes[RECIPE_KEY] and (name.rpartition(".")[2] == GATE_NAME or name in layers)
+        if notes[RECIPE_KEY] and is_gate(name, layers)
     }
     return ScriptFile(module, (example,), told is not None, gates)
+
+
+def script_constants(module: nn.Module) -> list[Tensor]:
+    """Return the floats that a frozen TorchScript network holds as constants of its graph."""
+    if not isinstance(module, torch.jit.ScriptModule) or any(True for _ in module.parameters()):
+        return []
+    graph: Any = module.inlined_graph
+    values = [
+        node.t("value")
+        for node in graph.findAllNodes("prim::Constant")
+        if node.hasAttribute("value") and node.kindOf("value") == "t"
+    ]
+    return [value for value in values if value.is_floating_point()]
+
+
+def _kernels(module: torch.jit.ScriptModule) -> Iterator[Tensor]:
+    """Yield the weights of the convolutions of a frozen network, the first one first."""
+    for node in module.inlined_graph.nodes():
+        if node.kind() in ("aten::conv2d", "aten::_convolution"):
+            weight = list(node.inputs())[1].node()
+            if weight.kind() == "prim::Constant":
+                yield weight.t("value")
 
 
 def _entrance(parameters: Sequence[Tensor]) -> tuple[int, torch.dtype]:
@@ -215,8 +237,13 @@ def _entrance(parameters: Sequence[Tensor]) -> tuple[int, torch.dtype]:
     return 3, torch.float32
 
 
+def is_gate(name: str, layers: Sequence[str]) -> bool:
+    """Tell whether a tensor of a file is a gate; `layers` are those told by their names."""
+    return name.rpartition(".")[2] == GATE_NAME or name in layers
+
+
 def read_names(text: str) -> list[str]:
-    """Return the names that GATES_KEY tells; none where it tells none."""
+    """Return the names in a file's metadata."""
     try:
         names = json.loads(text)
     except ValueError:
@@ -225,7 +252,7 @@ def read_names(text: str) -> list[str]:
 
 
 def read_size(text: str) -> tuple[int, int] | None:
-    """Return height and width as SIZE_KEY tells them; None where it does not."""
+    """Return the height and width in a file's metadata, if it tells them."""
     try:
         height, width = json.loads(text)
         return int(height), int(width)

@@ -124,6 +124,7 @@ class SiteCosts:
         sum_alone_in: sum over the sites of what each costs alone, as a share of the host's time.
         whole: what all of them cost together, as a share of the host's time.
         whole95: 95 % interval of it.
+        doubts: reasons not to trust them.
     """
 
     job: Job
@@ -132,6 +133,7 @@ class SiteCosts:
     sum_alone_in: float
     whole: float
     whole95: tuple[float, float]
+    doubts: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -142,4 +144,5 @@ class SiteCosts:
             "sum_alone_in": round(self.sum_alone_in, 4),
             "whole": round(self.whole, 4),
             "whole95": [round(bound, 4) for bound in self.whole95],
+            "doubts": list(self.doubts),
         }

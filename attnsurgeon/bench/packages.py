@@ -13,11 +13,11 @@ from torch import Tensor, fx
 
 from attnsurgeon.bench.exported import (
     DEFAULT_SIZE,
-    GATE_NAME,
     GATES_KEY,
     RECIPE_KEY,
     SIZE_KEY,
     Fixed,
+    is_gate,
     one_image,
     read_names,
     read_size,
@@ -109,7 +109,7 @@ def read_program(path: Path) -> Program:
         gates={
             name: parameter
             for name, parameter in module.named_parameters()
-            if notes[RECIPE_KEY] and (name.rpartition(".")[2] == GATE_NAME or name in layers)
+            if notes[RECIPE_KEY] and is_gate(name, layers)
         },
     )
 

@@ -10,11 +10,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from attnsurgeon.bench.doubts import machine_doubts
 from attnsurgeon.bench.findings import Job, SiteCost, SiteCosts
 from attnsurgeon.bench.ratios import ratio_of
-from attnsurgeon.bench.rounds import Race
+from attnsurgeon.bench.rounds import Race, is_settled
 from attnsurgeon.bench.targets import Inputs, Target
 from attnsurgeon.bench.timing import Runner, race
+from attnsurgeon.bench.watch import Watch
 from attnsurgeon.borrow import borrowed_buffers
 from attnsurgeon.errors import BadOption
 from attnsurgeon.plan import Cut
@@ -45,8 +47,9 @@ def cost_sites(
     prepare: Callable[[Target], Runner],
     seconds: float,
     tell: Callable[[str, float], None],
-) -> SiteCosts | None:
-    """Time every site of a target on its own; None where it has none.
+    keep: Callable[[SiteCosts], None],
+) -> None:
+    """Time every site of a target on its own, where it has any.
 
     Four networks run in turn for each site: the host, the host with that attention alone, all
     but that one, and all.
@@ -58,30 +61,69 @@ def cost_sites(
         prepare: makes a network ready, its first run done.
         seconds: for each site.
         tell: is told which site it is, and the share that is done.
+        keep: is given what was found, of all sites or, where an error or an interrupt ends it, of
+            those before.
     """
     if not _is_operated(target):
-        return None
+        return
     paths = list(dict.fromkeys(cut.path for cut in cuts_of(target.module)))
     shapes = _feature_shapes(target.module, inputs)
+    watch = Watch(torch.device(job.device))
     host, whole = (prepare(one) for one in (_without(target, paths), target))
     costs: list[SiteCost] = []
     races: list[Race] = []
-    for number, path in enumerate(paths):
-        tell(f"site {path}", number / len(paths))
-        others = [other for other in paths if other != path]
-        only, rest = (prepare(_without(target, gone)) for gone in (others, [path]))
-        found = race([host, only, rest, whole], seconds)
-        races.append(found)
-        costs.append(_cost_of(_cut_at(target.module, path), shapes[path], found))
+    try:
+        for number, path in enumerate(paths):
+            tell(f"site {path}", number / len(paths))
+            others = [other for other in paths if other != path]
+            only, rest = (prepare(_without(target, gone)) for gone in (others, [path]))
+            races.append(race([host, only, rest, whole], seconds))
+            costs.append(_cost_of(_cut_at(target.module, path), shapes[path], races[-1]))
+    finally:
+        if costs:
+            doubts = _doubts(paths, races[: len(costs)], seconds, watch)
+            keep(_together(job, target.name, costs, races, doubts))
+
+
+def _together(
+    job: Job, name: str, costs: Sequence[SiteCost], races: Sequence[Race], doubts: Sequence[str]
+) -> SiteCosts:
     together = ratio_of(races, 3)
     return SiteCosts(
         job=job,
-        target=target.name,
+        target=name,
         sites=tuple(costs),
         sum_alone_in=math.fsum(cost.alone_in.ratio - 1 for cost in costs),
         whole=together.ratio - 1,
         whole95=(together.low - 1, together.high - 1),
+        doubts=tuple(doubts),
     )
+
+
+def _doubts(paths: Sequence[str], races: Sequence[Race], seconds: float, watch: Watch) -> list[str]:
+    """Return the reasons not to trust the costs of the sites, or their sum."""
+    restless = [path for path, found in zip(paths, races, strict=False) if not is_settled(found)]
+    disturbed = [
+        path
+        for path, found in zip(paths, races, strict=False)
+        if any(found.is_disturbed(i) for i in range(len(found.samples_ms)))
+    ]
+    doubts = []
+    if len(races) < len(paths):
+        doubts.append(
+            f"incomplete: {len(races)} of {len(paths)} sites were timed, and the sum is of those"
+        )
+    if disturbed:
+        doubts.append(
+            f"disturbed: at {', '.join(disturbed)} something else held up so many calls that the "
+            "fastest quarter is compared"
+        )
+    if restless:
+        doubts.append(
+            f"not stable: at {', '.join(restless)} the last rounds disagree with those before; "
+            f"give more than --seconds {seconds:g}"
+        )
+    return [*doubts, *machine_doubts(watch.look())]
 
 
 def _without(target: Target, paths: Sequence[str]) -> Target:

@@ -8,17 +8,20 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from attnsurgeon.bench.cost import fixed_batch
 from attnsurgeon.bench.doubts import folded_doubt
 from attnsurgeon.bench.engines import Engine, Place
+from attnsurgeon.bench.exported import session_for
 from attnsurgeon.bench.inputs import cast_inputs
 from attnsurgeon.bench.memory import Peak, is_out_of_memory
 from attnsurgeon.bench.targets import Inputs, Target
 from attnsurgeon.bench.timing import Runner
 from attnsurgeon.borrow import borrowed_buffers, borrowed_modes, borrowed_values
-from attnsurgeon.errors import AttnSurgeonError, EngineUnavailable, first_line
+from attnsurgeon.errors import AttnSurgeonError, EngineUnavailable, HostUnusable, first_line
+from attnsurgeon.export.onnx_file import Patch
 
 Leaves = list[Tensor]
 
@@ -56,12 +59,20 @@ def make_ready(engine: Engine, name: str, target: Target, inputs: Inputs, place:
 
     Raises:
         EngineUnavailable: the engine cannot run this precision here; and see the engine.
+        HostUnusable: an exported file does not take this batch.
     """
     try:
         return _make_ready(engine, target, inputs, place)
     except (RuntimeError, NotImplementedError) as error:
-        is_known = isinstance(error, AttnSurgeonError) or is_out_of_memory(error)
-        if is_known or "not implemented for" not in str(error):
+        if isinstance(error, AttnSurgeonError) or is_out_of_memory(error):
+            raise
+        if target.file is not None and target.only and not isinstance(error, NotImplementedError):
+            # It ran when it was tried; what an exporter fixed without a word is the batch.
+            raise HostUnusable(
+                f"{target.name} does not run on a batch of {_batch_of(inputs)}: "
+                f"{first_line(error)}; give the --batch that it was exported with"
+            ) from error
+        if "not implemented for" not in str(error):
             raise
         raise EngineUnavailable(
             f"{name} cannot run {target.name} in {place.precision} on {place.device}: "
@@ -106,23 +117,39 @@ def gates_doubt(target: Target, inputs: Inputs, found: Sequence[Tensor]) -> str 
         inputs: a batch on the CPU.
         found: what the engine returned for it.
     """
-    if target.model is None or not target.is_opened:
-        return None
-    held = dict(target.model.named_parameters())
-    gates = [held[name] for name in target.gates if name in held]
-    if not gates:
+    if not target.is_opened or not (target.gates or target.patches):
         return None
     batch = _batch_of(inputs)
     if any(leaf.ndim == 0 or leaf.shape[0] != batch for leaf in found):
         return None  # no rows that belong to one image each
     one = cast_inputs(tuple(p[:1] if isinstance(p, Tensor) else p for p in inputs), target)
-    opened = _outputs(target.model, one)
+    if target.model is None:
+        whole = inputs if fixed_batch(target) else one
+        shut = [(start, bytes(len(raw))) for start, raw in target.patches]  # a zero is zero bytes
+        sides = [_outputs_of_file(target, whole, patches) for patches in (target.patches, shut)]
+        opened, closed = ([leaf[:1] for leaf in leaves] for leaves in sides)
+    else:
+        opened, closed = _outputs(target.model, one), _outputs_closed(target.model, target, one)
+    return folded_doubt([leaf[:1] for leaf in found], opened, closed)
+
+
+def _outputs_of_file(target: Target, inputs: Inputs, patches: Sequence[Patch]) -> Leaves:
+    """Return what an .onnx file computes as it is written, where nothing can be folded."""
+    assert target.file is not None  # a target without a module is a file
+    session = session_for(target.file, is_optimised=False, patches=patches)
+    names = [node.name for node in session.get_inputs()]
+    feed = {name: part.numpy() for name, part in zip(names, inputs, strict=True)}
+    return [torch.from_numpy(array) for array in session.run(None, feed)]
+
+
+def _outputs_closed(model: nn.Module, target: Target, inputs: Inputs) -> Leaves:
+    held = dict(model.named_parameters())
+    gates = [held[name] for name in target.gates if name in held]
     with borrowed_values(gates):
         with torch.no_grad():
             for gate in gates:
                 gate.zero_()
-        closed = _outputs(target.model, one)
-    return folded_doubt([leaf[:1] for leaf in found], opened, closed)
+        return _outputs(model, inputs)
 
 
 def _batch_of(inputs: Inputs) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,14 @@ class Change:
 
     Attributes:
         what: the target, its baseline and the job.
-        old: the old ratio, or median in ms.
+        old: the old ratio, or median in ms, with its interval.
         new: the new one.
         change: new over old; above 1 is slower than before.
     """
 
     what: str
-    old: float
-    new: float
+    old: Estimate
+    new: Estimate
     change: Estimate
 
     @property
@@ -45,8 +45,8 @@ class Change:
         """Return plain values."""
         return {
             "what": self.what,
-            "old": self.old,
-            "new": self.new,
+            "old": self.old.ratio,
+            "new": self.new.ratio,
             "change": round(self.change.ratio, 4),
             "interval95": [round(self.change.low, 4), round(self.change.high, 4)],
             "verdict": self.verdict,
@@ -138,28 +138,42 @@ def _matched(
     both = [what for what in old if what in new]
     if not both:
         raise BadOption("the files have no run in common: other targets, engines or batches")
-    changes = [Change(w, old[w].ratio, new[w].ratio, _quotient(new[w], old[w])) for w in both]
+    changes = [Change(w, old[w], new[w], _quotient(new[w], old[w])) for w in both]
     left = [f"{what}: old only" for what in old if what not in new]
     left += [f"{what}: new only" for what in new if what not in old]
     return Regression(tuple(changes), tuple(left), notes)
 
 
 def _ratios(results: Mapping[str, Any]) -> dict[str, Estimate]:
-    return {
-        f"{_name(c['target'])} against {_name(c['baseline'])}, {_job(c)}": Estimate(
-            c["ratio"], *c["interval95"]
+    return _numbered(
+        (
+            f"{_name(c['target'])} against {_name(c['baseline'])}, {_job(c)}",
+            Estimate(c["ratio"], *c["interval95"]),
         )
         for c in results["comparisons"]
-    }
+    )
 
 
 def _medians(results: Mapping[str, Any]) -> dict[str, Estimate]:
-    return {
-        f"{_name(run['target'])}, {_job(run)}": Estimate(
-            run["median_ms"], *(run["median95_ms"] or (run["p5_ms"], run["p95_ms"]))
+    return _numbered(
+        (
+            f"{_name(run['target'])}, {_job(run)}",
+            Estimate(run["median_ms"], *(run["median95_ms"] or (run["p5_ms"], run["p95_ms"]))),
         )
         for run in results["runs"]
-    }
+    )
+
+
+def _numbered(pairs: Iterable[tuple[str, Estimate]]) -> dict[str, Estimate]:
+    """Return all by name; of two files of one name in two folders, or one twice, none is lost."""
+    found: dict[str, Estimate] = {}
+    for name, estimate in pairs:
+        number, free = 1, name
+        while free in found:
+            number += 1
+            free = f"{name} ({number})"
+        found[free] = estimate
+    return found
 
 
 def _name(target: str) -> str:

@@ -16,6 +16,8 @@ from attnsurgeon.errors import BadOption, UnknownName
 LARGEST = "max"
 """Asks for the largest batch that fits into memory."""
 Batch = int | str
+MOST = {"--batch": 2**31 - 1, "--threads": 1024, "--input-size": 2**16}
+"""Beyond these, libraries overflow or end the process instead of saying that it is too much."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,11 @@ def check_request(
     for name, engine in chosen.items():
         if train and not engine.can_train:
             raise BadOption(f"{name} cannot train; leave it or --train out")
+        missing = [precision for precision in precisions if precision in engine.lacks]
+        if missing:
+            raise BadOption(
+                f"{name} takes no {missing[0]}; leave it or --precision {missing[0]} out"
+            )
         if channels_last and not engine.has_layout:
             raise BadOption(f"{name} has a layout of its own; leave it or --channels-last out")
     if train and per_site:
@@ -127,6 +134,8 @@ def _check_numbers(
         for number in numbers:
             if number < 1:
                 raise BadOption(f"{flag} must be at least 1, not {number}")
+            if number > MOST[flag]:
+                raise BadOption(f"{flag} must be at most {MOST[flag]}, not {number}")
     if not (seconds > 0 and math.isfinite(seconds)):
         raise BadOption(f"--seconds must be above 0, not {seconds}")
     if not batches:

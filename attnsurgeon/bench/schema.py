@@ -9,6 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 VERSION = 1
+PACKAGES = ("attnsurgeon", "torch", "torchvision", "onnxruntime", "numpy", "triton", "timm")
+"""Whose versions the times depend on."""
 Kind = dict[str, Any]
 
 
@@ -51,13 +53,15 @@ _RUN = _table(
     p95_ms=_of("number", "time that 95 % of the calls stay under"),
     p99_ms=_of("number", "time that 99 % of the calls stay under"),
     samples_ms=_list(_NUMBER, "every timed call, in the order of running"),
-    parameters=_of("integer", "gates included; null for an .onnx or compiled .pt2 file", null=True),
-    macs=_of(
-        "integer", "multiply-adds for one image; null for an .onnx or compiled .pt2 file", null=True
+    parameters=_of(
+        "integer",
+        "gates included; of an .onnx or frozen file all; null of a compiled one",
+        null=True,
     ),
+    macs=_of("integer", "multiply-adds for one image; null for a compiled file", null=True),
     file_bytes=_of("integer", "size of the file, with the data beside it", null=True),
     provider=_of("string", "of ONNX Runtime, as the session reports it", null=True),
-    weights=_of("string", "random, file, or given with the module"),
+    weights=_of("string", "random, file, or given with the module or by its factory"),
     median95_ms=_list(_NUMBER, f"{_PAIR} of the median", null=True),
     images_per_s=_of("number", "throughput at the median"),
     variation=_of("number", "standard deviation of the calls over their mean"),
@@ -123,6 +127,7 @@ _SITES = _table(
     sum_alone_in=_of("number", "sum of what each costs alone, as a share of the host's time"),
     whole=_of("number", "what all cost together, as a share of the host's time"),
     whole95=_list(_NUMBER, f"{_PAIR} of the whole"),
+    doubts=_list(_TEXT, "reasons not to trust them"),
 )
 
 _ENVIRONMENT = _table(
@@ -142,6 +147,7 @@ _ENVIRONMENT = _table(
     cuda=_of("string", "version of the toolkit that torch was built with", null=True),
     platform=_of("string", "operating system"),
     python=_of("string", "version"),
+    **{name: _of("string", "version, where it is installed", null=True) for name in PACKAGES},
     seconds=_of("number", "of measuring for each job"),
     input_shapes=_list(_list({"type": "integer"}, "one input"), "of the inputs, for one image"),
     gates=_of("string", "how they were opened"),

@@ -25,6 +25,7 @@ from attnsurgeon.export.compiled import is_compiled
 from attnsurgeon.export.onnx_file import Patch, read_file
 from attnsurgeon.gate import named_gates, opened
 from attnsurgeon.host import host_names, load_host
+from attnsurgeon.sources import own, source_of
 from attnsurgeon.store import load_model, load_plain
 from attnsurgeon.surgery import cuts_of, remove_attention
 
@@ -147,7 +148,8 @@ def _read_kind(thing: str | os.PathLike[str] | nn.Module, example: Any) -> Targe
         )
     with borrowed_randomness(0):
         model = load_host(name, weights="none")
-    return Target(name, _own_example(model), "random", model=model)
+    weights = "given" if source_of(name) is own else "random"
+    return Target(name, _own_example(model), weights, model=model)
 
 
 def _from_safetensors(name: str, path: Path) -> Target:
@@ -235,16 +237,16 @@ _READERS: dict[str, Callable[[str, Path], Target]] = {
 
 
 def _from_module(module: nn.Module, example: Any) -> Target:
-    own = _opened(copy.deepcopy(module).eval().cpu())
-    is_script = isinstance(own, torch.jit.ScriptModule)
+    twin = _opened(copy.deepcopy(module).eval().cpu())
+    is_script = isinstance(twin, torch.jit.ScriptModule)
     return Target(
         name=str(module.original_name) if is_script else type(module).__name__,
-        example=_own_example(own, example),
+        example=_own_example(twin, example),
         weights="given",
-        model=own,
+        model=twin,
         only=SCRIPT_ENGINES if is_script else (),
         is_opened=not is_script,
-        gates=() if is_script else tuple(named_gates(own)),
+        gates=() if is_script else tuple(named_gates(twin)),
     )
 
 

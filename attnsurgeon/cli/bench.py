@@ -133,7 +133,8 @@ def bench(
     if compare or fail_above is not None:
         _compare(targets or [], fail_above, as_json=as_json, is_asked=compare)
         return
-    from attnsurgeon.bench.compare import BenchInterrupted, compare_speed
+    from attnsurgeon.bench.compare import compare_speed
+    from attnsurgeon.bench.session import BenchInterrupted
     from attnsurgeon.cli.shell import read_size
     from attnsurgeon.host import naming_host
     from attnsurgeon.report.files import check_results, write_results

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from attnsurgeon.errors import AttnSurgeonError, OutputRefused
+from attnsurgeon.errors import AttnSurgeonError, OutputRefused, is_interrupt
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -30,7 +30,7 @@ class Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except (Exception, KeyboardInterrupt) as error:
-            if _is_interrupt(error):
+            if is_interrupt(error):
                 complain("interrupted; no partial file was left")
                 raise typer.Exit(130) from None
             if not isinstance(error, AttnSurgeonError):
@@ -54,13 +54,6 @@ class Group(TyperGroup):
         if not standalone:
             return code
         sys.exit(code if isinstance(code, int) else 0)
-
-
-def _is_interrupt(error: BaseException | None) -> bool:
-    """Tell whether an interrupt is at the root; libraries wrap it, as a failed import does."""
-    while error is not None and not isinstance(error, KeyboardInterrupt):
-        error = error.__cause__ or error.__context__
-    return error is not None
 
 
 def _usage(error: Exception) -> str:

@@ -15,6 +15,8 @@ BINS = 48
 MARGIN = 0.06
 """Of an axis, free at both ends."""
 COLOURS = ("var(--base)", "var(--own)", "var(--slow)", "var(--fast)")
+GOLDEN_ANGLE = 137.5
+"""Between the hues of further targets, so that none comes near another."""
 
 
 class _Axis:
@@ -53,14 +55,14 @@ class _Axis:
         )
 
 
-def draw_ratios(comparisons: Sequence[Run]) -> Iterator[str]:
-    """Draw every ratio with its interval on one axis."""
+def draw_ratios(comparisons: Sequence[Run], names: Mapping[str, str]) -> Iterator[str]:
+    """Draw every ratio with its interval on one axis; `names` are those of the targets."""
     if not comparisons:
         return
     axis = _Axis(comparisons)
     for found in comparisons:
         yield _row(
-            f"{found['target']} against {found['baseline']}",
+            f"{names[found['target']]} against {names[found['baseline']]}",
             f"{job_in_words(found)}: {ratio_in_words(found)}",
             axis.drawn(found),
         )
@@ -74,7 +76,13 @@ def _row(label: str, below: str, drawing: str) -> str:
     )
 
 
-def draw_distributions(runs: Sequence[Run]) -> Iterator[str]:
+def _colour(number: int) -> str:
+    if number < len(COLOURS):
+        return COLOURS[number]
+    return f"hsl({GOLDEN_ANGLE * (number + 1) % 360:.0f} 60% 50%)"
+
+
+def draw_distributions(runs: Sequence[Run], names: Mapping[str, str]) -> Iterator[str]:
     """Draw how the calls of all targets of a job are spread, on one axis for each job."""
     for job in dict.fromkeys(job_in_words(run) for run in runs):
         group = [run for run in runs if job_in_words(run) == job]
@@ -86,16 +94,15 @@ def draw_distributions(runs: Sequence[Run]) -> Iterator[str]:
         top = max(float(height.max()) for height in heights) or 1.0
         yield f"<h3>{escape(job)}</h3>"
         yield f'<svg class="plot" viewBox="0 0 {BINS} 100" preserveAspectRatio="none" role="img">'
-        yield f"<title>calls of {escape(', '.join(run['target'] for run in group))}</title>"
+        yield f"<title>calls of {escape(', '.join(names[run['target']] for run in group))}</title>"
         for i, height in enumerate(heights):
-            colour = COLOURS[min(i, len(COLOURS) - 1)]
-            yield f'<path style="fill:{colour};opacity:.55" d="{_outline(height / top)}"/>'
+            yield f'<path style="fill:{_colour(i)};opacity:.55" d="{_outline(height / top)}"/>'
         yield "</svg>"
         yield f'<div class="axis"><span>{low:.3g} ms</span><span>calls</span><span>{high:.3g} ms'
         yield '</span></div><div class="legend">'
         for i, run in enumerate(group):
-            colour = COLOURS[min(i, len(COLOURS) - 1)]
-            yield f'<span><i style="background:{colour}"></i>{escape(run["target"])}</span>'
+            name = escape(names[run["target"]])
+            yield f'<span><i style="background:{_colour(i)}"></i>{name}</span>'
         yield "</div>"
 
 

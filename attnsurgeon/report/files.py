@@ -17,6 +17,7 @@ from attnsurgeon.report.plot import check_matplotlib, draw_plot
 from attnsurgeon.report.wording import (
     ceilings_in_words,
     comparison_in_words,
+    doubts_of_runs,
     job_in_words,
     ratio_in_words,
 )
@@ -62,11 +63,9 @@ def as_json(results: Results) -> str:
 def as_csv(results: Results) -> str:
     """Return a row for each run, with its ratio; lists of samples and doubts are left to JSON."""
     page = io.StringIO()
-    ratios = {_key(found): found for found in results["comparisons"]}
     left_out = ("samples_ms", "median95_ms", "uncounted", "doubts")
     rows = []
-    for run in results["runs"]:
-        found = ratios.get(_key(run))
+    for run, found in _with_ratios(results):
         low, high = found["interval95"] if found else (None, None)
         row = {key: value for key, value in run.items() if key not in left_out}
         row["ratio"] = found["ratio"] if found else None
@@ -78,9 +77,16 @@ def as_csv(results: Results) -> str:
     return page.getvalue()
 
 
-def _key(run: Mapping[str, Any]) -> tuple[Any, ...]:
-    names = ("target", "engine", "device", "batch", "precision", "channels_last", "train")
-    return tuple(run[name] for name in names)
+def _with_ratios(results: Results) -> Iterator[tuple[Mapping[str, Any], Any]]:
+    """Yield each run with its comparison; the baselines have none.
+
+    They are told by their order, since one file may be compared with itself.
+    """
+    runs, ratios = results["runs"], iter(results["comparisons"])
+    jobs = len(runs) - len(results["comparisons"])
+    for number, run in enumerate(runs):
+        is_baseline = number % (len(runs) // jobs) == 0
+        yield run, None if is_baseline else next(ratios)
 
 
 def as_markdown(results: Results) -> str:
@@ -101,6 +107,7 @@ def _markdown(results: Results) -> Iterator[str]:
     for found in results["comparisons"]:
         yield f"- {comparison_in_words(found)}"
         yield from (f"  - doubt: {doubt}" for doubt in found["doubts"])
+    yield from (f"- doubt: {what}: {doubt}" for what, doubt in doubts_of_runs(results))
     for failure in results["failures"]:
         yield f"- failed: {failure['reason']}"
     for costs in results["sites"]:

@@ -16,7 +16,13 @@ from attnsurgeon.report.figures import (
     throughput,
 )
 from attnsurgeon.report.style import STYLE
-from attnsurgeon.report.wording import ceilings_in_words, doubts_of_runs, job_in_words
+from attnsurgeon.report.wording import (
+    ceilings_in_words,
+    doubts_of_runs,
+    job_in_words,
+    short_names,
+    uncounted_in_words,
+)
 
 Results = Mapping[str, Any]
 FIGURES = ("target", "run", "median ms", "p5", "p90", "p95", "p99", "images/s", "variation",
@@ -30,7 +36,7 @@ def as_html(results: Results) -> str:
 
 
 def _page(results: Results) -> Iterator[str]:
-    environment = results["environment"]
+    environment, names = results["environment"], short_names(results)
     where = environment["gpu"] or environment["cpu"]
     yield '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -41,14 +47,14 @@ def _page(results: Results) -> Iterator[str]:
     yield f"<pre>{escape(environment['command'])}</pre>"
     if results["interrupted"]:
         yield '<p class="doubt">Interrupted: the rest was not measured.</p>'
-    yield from _section("Time over the baseline", draw_ratios(results["comparisons"]))
-    yield from _section("Distributions", draw_distributions(results["runs"]))
+    yield from _section("Time over the baseline", draw_ratios(results["comparisons"], names))
+    yield from _section("Distributions", draw_distributions(results["runs"], names))
     for costs in results["sites"]:
-        title = f"Cost along the depth of {costs['target']}, {job_in_words(costs)}"
+        title = f"Cost along the depth of {names[costs['target']]}, {job_in_words(costs)}"
         yield from _section(title, draw_sites(costs))
-    yield from _section("Figures", _figures(results["runs"]))
+    yield from _section("Figures", _figures(results["runs"], names))
     for profile in results["profiles"]:
-        title = f"Operators of {profile['target']}, {job_in_words(profile)}"
+        title = f"Operators of {names[profile['target']]}, {job_in_words(profile)}"
         yield from _section(title, _operators(profile))
     yield from _section("Doubts and notes", _doubts(results))
     yield from _section("Where it ran", _environment(environment))
@@ -78,11 +84,11 @@ def _class(column: int, texts: int) -> str:
     return "" if column < texts else ' class="figure"'
 
 
-def _figures(runs: list[Mapping[str, Any]]) -> Iterator[str]:
+def _figures(runs: list[Mapping[str, Any]], names: Mapping[str, str]) -> Iterator[str]:
     def row(run: Mapping[str, Any]) -> list[str]:
         times = ("median_ms", "p5_ms", "p90_ms", "p95_ms", "p99_ms")
         return [
-            run["target"],
+            names[run["target"]],
             job_in_words(run),
             *(milliseconds(run, key) for key in times),
             throughput(run),
@@ -99,10 +105,11 @@ def _figures(runs: list[Mapping[str, Any]]) -> Iterator[str]:
             count(run["macs"]),
         ]
 
-    yield from _table(FIGURES, (row(run) for run in runs), texts=2)
-    uncounted = sorted({name for run in runs for name in run["uncounted"]})
-    if uncounted:
-        yield f"<p>Not among the multiply-adds: {escape(', '.join(uncounted))}.</p>"
+    columns = [*zip(FIGURES, *(row(run) for run in runs), strict=True)]
+    told = [column for column in columns if any(column[1:])]  # the CPU has no memory of a GPU
+    headings, *rows = zip(*told, strict=True)
+    yield from _table(tuple(headings), iter([*map(list, rows)]), texts=2)
+    yield from (f"<p>{escape(line)}</p>" for line in uncounted_in_words(runs))
 
 
 def _operators(profile: Mapping[str, Any]) -> Iterator[str]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from attnsurgeon.errors import MissingPackage
-from attnsurgeon.report.wording import job_in_words
+from attnsurgeon.report.wording import job_in_words, short_names
 
 COLOURS = {"in": "#0b66c3", "out": "#b3361b"}
 
@@ -46,14 +46,16 @@ def draw_plot(results: Mapping[str, Any], path: Path, form: str) -> None:
 
 def _draw_ratios(axis: Any, results: Mapping[str, Any]) -> None:
     found = results["comparisons"]
-    labels = [f"{Path(c['target']).name}\n{job_in_words(c)}" for c in found]
+    names = short_names(results)
+    labels = [f"{names[c['target']]}\n{job_in_words(c)}" for c in found]
     _draw_intervals(axis, labels, found, "in", 0.0)
-    axis.set_xlabel("time over the baseline, %")
+    axis.set_xlabel(f"time over {names[found[0]['baseline']]}, %")
 
 
 def _draw_medians(axis: Any, results: Mapping[str, Any]) -> None:
     runs = results["runs"]
-    labels = [f"{Path(run['target']).name}\n{job_in_words(run)}" for run in runs]
+    names = short_names(results)
+    labels = [f"{names[run['target']]}\n{job_in_words(run)}" for run in runs]
     axis.barh(range(len(runs)), [run["median_ms"] for run in runs], color=COLOURS["in"])
     axis.set_yticks(range(len(runs)), labels)
     axis.invert_yaxis()
@@ -66,7 +68,10 @@ def _draw_sites(axis: Any, costs: Mapping[str, Any]) -> None:
     _draw_intervals(axis, labels, [site["alone_in"] for site in sites], "in", -0.12)
     _draw_intervals(axis, labels, [site["alone_out"] for site in sites], "out", 0.12)
     axis.legend()
-    axis.set_title(f"{Path(costs['target']).name}, {job_in_words(costs)}")
+    # From the right edge over the labels: a long name would not fit above the axes alone.
+    axis.set_title(
+        f"{Path(costs['target']).name}\n{job_in_words(costs)}", loc="right", fontsize="medium"
+    )
     axis.set_xlabel("cost of the site, %")
 
 

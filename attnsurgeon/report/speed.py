@@ -25,6 +25,7 @@ from attnsurgeon.report.wording import (
     job_in_words,
     ratio_in_words,
     sums_in_words,
+    uncounted_in_words,
 )
 
 MOST_OPERATORS = 12
@@ -48,6 +49,7 @@ def _lines(data: Mapping[str, Any]) -> Iterator[str]:
         yield f"doubt: {what}: {doubt}"
     for failure in data["failures"]:
         yield f"failed: {failure['reason']}"
+    yield from uncounted_in_words(data["runs"])
     yield from ceilings_in_words(data["environment"]["ceilings"])
     yield from (f"note: {note}" for note in data["environment"]["notes"])
 
@@ -56,7 +58,9 @@ def _runs(data: Mapping[str, Any]) -> RenderableType:
     table = new_table("time per run, gates open")
     for heading in ("target", "engine", "precision"):
         table.add_column(heading)
-    for heading in ("batch", "median ms", "p5", "p95", "p99", "images/s", "host MiB", "GPU MiB"):
+    has_device = any(run["peak_device_bytes"] is not None for run in data["runs"])
+    figures = ["batch", "median ms", "p5", "p90", "p95", "p99", "images/s", "variation", "host MiB"]
+    for heading in (*figures, *(["GPU MiB"] if has_device else [])):
         table.add_column(heading, justify="right")
     for run in data["runs"]:
         table.add_row(
@@ -64,10 +68,11 @@ def _runs(data: Mapping[str, Any]) -> RenderableType:
             run["engine"],
             run["precision"] + (", training" if run["train"] else ""),
             str(run["batch"]),
-            *(milliseconds(run, key) for key in ("median_ms", "p5_ms", "p95_ms", "p99_ms")),
+            *(milliseconds(run, f"{key}_ms") for key in ("median", "p5", "p90", "p95", "p99")),
             throughput(run),
+            percent(run["variation"]),
             mebibytes(run["peak_host_bytes"]),
-            mebibytes(run["peak_device_bytes"]),
+            *([mebibytes(run["peak_device_bytes"])] if has_device else []),
         )
     return table
 

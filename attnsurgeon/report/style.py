@@ -33,14 +33,21 @@ pre { background: var(--card); padding: .6rem .8rem; border-radius: .4rem; margi
   border-radius: .3rem; }
 .legend i { display: inline-block; width: .8rem; height: .8rem; margin: 0 .35rem -.08rem 0;
   border-radius: .2rem; opacity: .75; }
-.legend span { margin-right: 1.2rem; overflow-wrap: anywhere; }
+.legend span { display: inline-block; max-width: 100%; margin-right: 1.2rem;
+  overflow-wrap: anywhere; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-size: .875rem; white-space: nowrap; }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child { position: sticky; left: 0; background: var(--page);
+  white-space: normal; min-width: 14rem; max-width: 16rem; overflow-wrap: anywhere; }
 .figure { text-align: right; font-variant-numeric: tabular-nums; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; font-size: .875rem; }
 dt { color: var(--dim); } dd { margin: 0; overflow-wrap: anywhere; }
+p, li { overflow-wrap: anywhere; }
+ul { padding-left: 1.2rem; }
 .doubt { color: var(--slow); }
-@media (max-width: 40rem) { .row { grid-template-columns: 1fr; } main { padding-top: 1rem; } }
+@media (max-width: 40rem) { .row { grid-template-columns: 1fr; } main { padding-top: 1rem; }
+  th:first-child, td:first-child { min-width: 9rem; max-width: 9rem; }
+  th:nth-child(2), td:nth-child(2) { white-space: normal; min-width: 5rem; } }
 """
 """One column below 40 rem; colours follow the reader's light or dark."""

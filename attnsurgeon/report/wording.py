@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import PurePath
 from typing import Any
 
 from attnsurgeon.bench.interval import Estimate, verdict
+
+
+def short_names(results: Mapping[str, Any]) -> dict[str, str]:
+    """Return target -> its name without the folder, where that still tells it from the others."""
+    found = [*results["runs"], *results["comparisons"]]
+    targets = {one["target"] for one in found} | {c["baseline"] for c in results["comparisons"]}
+    names = {target: PurePath(target).name or target for target in targets}
+    taken = Counter(names.values())
+    return {target: name if taken[name] == 1 else target for target, name in names.items()}
 
 
 def job_in_words(run: Mapping[str, Any]) -> str:
@@ -45,14 +56,24 @@ def sums_in_words(costs: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def doubts_of_runs(results: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Return (run, doubt) for every doubt, without those that its job's comparison has told."""
+    """Return (what, doubt) for every doubt, without those that its job's comparison has told."""
     told = {(job_in_words(c), doubt) for c in results["comparisons"] for doubt in c["doubts"]}
+    shown = short_names(results)
+    names = [(shown[run["target"]], run) for run in results["runs"]]
+    names += [(f"sites of {shown[costs['target']]}", costs) for costs in results["sites"]]
     return [
-        (f"{run['target']}, {job_in_words(run)}", doubt)
-        for run in results["runs"]
-        for doubt in run["doubts"]
-        if (job_in_words(run), doubt) not in told
+        (f"{name}, {job_in_words(found)}", doubt)
+        for name, found in names
+        for doubt in found["doubts"]
+        if (job_in_words(found), doubt) not in told
     ]
+
+
+def uncounted_in_words(runs: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    """Say which operators are not among the multiply-adds, if any."""
+    names = sorted({name for run in runs for name in run["uncounted"]})
+    if names:
+        yield f"not among the multiply-adds: {', '.join(names)}"
 
 
 def ceilings_in_words(ceilings: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -1,13 +1,14 @@
 """What attention costs on a GPU, and that it changes nothing there; torch's engines alone.
 
-    python tests/benchmarks/gpu.py -o gpu.json          # one NVIDIA GPU; an hour with all of it
-    python tests/benchmarks/gpu.py --model resnet50 --block se --batch 32 --seconds 2 -o gpu.json
-    python tests/benchmarks/gpu.py --table gpu.json     # the table of the README
+    python tests/benchmarks/gpu.py          # one NVIDIA GPU: gpu.json beside this file, and README
+    python tests/benchmarks/gpu.py --model resnet50 --block se --seconds 2      # in pieces
+    python tests/benchmarks/gpu.py --table tests/benchmarks/gpu.json            # the table alone
 
 Each block is timed against the plain host and against timm's module at the same places, where timm
 is installed. First it is checked in each precision, TF32 off and on, and under autocast, that the
-output is bitwise the host's and that every gate moves it. Without a GPU it runs on the CPU at small
-sizes, and says so: such figures say nothing about a GPU.
+output is bitwise the host's and that every gate moves it. What the file has already is kept, so
+that an hour's work can be done in pieces. Without a GPU it runs on the CPU at small sizes, and says
+so: such figures say nothing about a GPU, and the README is left alone.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from typing import Any
 
 import torch
 import torchvision
+from gpu_table import README, table_of, write_readme
 from torch import Tensor, nn
 
 import attnsurgeon
@@ -37,9 +39,10 @@ from attnsurgeon.surgery import cuts_of
 
 MODELS = ("resnet50", "convnext_tiny", "efficientnet_b0", "regnet_y_8gf")
 BLOCKS = ("se", "cbam", "sk", "gc")
-PLACEMENTS = {"sk": ("replace",)}
-"""Others are put where the papers put them, or else after the block."""
 USUAL = ("standard", "post")
+PLACEMENTS = {"sk": ("replace", *USUAL)}
+"""Each is put where its paper puts it, or else after the block."""
+RESULTS = Path(__file__).with_name("gpu.json")
 PASSES = {("se", "standard"): 1, ("se", "post"): 3}
 """Times the features have to cross the memory: to be squeezed; after the block also to be scaled,
 read and written, which inside it goes along with the addition."""
@@ -88,9 +91,9 @@ def with_timm(operated: nn.Module) -> nn.Module | None:
     for cut in cuts_of(twin):
         parent, _, name = cut.child.rpartition(".")
         block = twin.get_submodule(parent)
-        other = _timm_selective(block) if cut.block == "sk" else made[cut.block](_channels(cut))
-        if other is None:
-            return None
+        other = (
+            _timm_selective(block, cut) if cut.block == "sk" else made[cut.block](_channels(cut))
+        )
         setattr(block, name, other)
     return twin.eval()
 
@@ -99,14 +102,17 @@ def _channels(cut: Cut) -> int:
     return int(cut.place.channels)
 
 
-def _timm_selective(block: nn.Module) -> nn.Module | None:
-    """Return timm's SK for a bottleneck of torchvision, whose own 3x3 is taken out."""
+def _timm_selective(block: nn.Module, cut: Cut) -> nn.Module:
+    """Return timm's SK; in the place of a 3x3, that one and its norm are taken out of the block."""
     from timm.layers.selective_kernel import SelectiveKernel
 
-    conv = getattr(block, "conv2", None)
-    if not isinstance(conv, nn.Conv2d) or not hasattr(block, "conv3"):
-        return None
-    block.conv2, block.bn2 = nn.Identity(), nn.Identity()  # timm's holds a 3x3 of its own
+    if cut.splice.conv is None:
+        return SelectiveKernel(_channels(cut), split_input=False)
+    conv = block.get_submodule(cut.splice.conv)
+    assert isinstance(conv, nn.Conv2d)
+    for path in (cut.splice.conv, _norm_after(block, cut.splice.conv)):
+        parent, _, name = path.rpartition(".")
+        setattr(block.get_submodule(parent), name, nn.Identity())  # timm's has its own
     return TimmSelective(
         SelectiveKernel(
             conv.in_channels,
@@ -116,6 +122,15 @@ def _timm_selective(block: nn.Module) -> nn.Module | None:
             split_input=False,
         )
     )
+
+
+def _norm_after(block: nn.Module, conv: str) -> str:
+    """Return the path of the first norm that is declared after a convolution."""
+    paths: list[str] = [path for path, _ in block.named_modules()]
+    for path in paths[paths.index(conv) + 1 :]:
+        if isinstance(block.get_submodule(path), nn.BatchNorm2d):
+            return path
+    raise LookupError(f"no norm follows {conv}")
 
 
 def check_precisions(
@@ -147,8 +162,15 @@ def _check(sides: Sequence[nn.Module], image: Tensor) -> dict[str, Any]:
         gates = named_gates(operated)
         output = operated(image)
         output.float().square().sum().backward()
-    dead = [n for n, gate in gates.items() if gate.grad is None or not bool(gate.grad.any())]
+    dead = [name for name, gate in gates.items() if not _is_alive(gate.grad)]
     return {"exact": exact, "gates": len(gates), "dead": len(dead)}
+
+
+def _is_alive(gradient: Tensor | None) -> bool:
+    """Tell whether a gate learns: a gradient that is NaN or infinite moves nothing either."""
+    if gradient is None:
+        return False
+    return bool(torch.isfinite(gradient).all()) and bool(gradient.any())
 
 
 def _tf32() -> bool:
@@ -167,27 +189,42 @@ def measure(
     checks = list(check_precisions(host, operated, device, image))
     twin = with_timm(operated)
     sides = [host, operated] if twin is None else [host, operated, twin]
-    report = attnsurgeon.bench.compare_speed(
+    placement = cuts_of(operated)[0].placement
+    entry: dict[str, Any] = {"model": name, "block": block, "placement": placement}
+    entry |= {"checks": checks, "rows": [], "failures": [], "environment": {}}
+    extra = _extra_bytes(operated, placement, block)
+    for engine in options.engine:  # one that cannot take the network leaves the others
+        try:
+            report = time_sides(sides, engine, image, options, device, f"{name} {block}")
+        except AttnSurgeonError as error:
+            entry["failures"].append({"engine": engine, "reason": str(error)})
+            continue
+        entry["rows"] += _rows(report, len(sides), extra)
+        entry["failures"] += [failure.to_json() for failure in report.failures]
+        entry["environment"][engine] = dict(report.environment)
+    return entry
+
+
+def time_sides(
+    sides: Sequence[nn.Module],
+    engine: str,
+    image: Tensor,
+    options: argparse.Namespace,
+    device: torch.device,
+    label: str,
+) -> Report:
+    """Return the times of the host, ours and timm's on one engine."""
+    return attnsurgeon.bench.compare_speed(
         sides,
-        engines=options.engine,
+        engines=(engine,),
         device=str(device),
         batches=options.batch,
         precisions=options.precision,
         channels_last=options.channels_last,
         seconds=options.seconds,
         example=image,
-        progress=lambda text, share: print(f"{name} {block} {share:4.0%} {text}", flush=True),
+        progress=lambda text, share: print(f"{label} {share:4.0%} {text}", flush=True),
     )
-    placement = cuts_of(operated)[0].placement
-    return {
-        "model": name,
-        "block": block,
-        "placement": placement,
-        "checks": checks,
-        "rows": list(_rows(report, len(sides), _extra_bytes(operated, placement, block))),
-        "failures": [failure.to_json() for failure in report.failures],
-        "environment": dict(report.environment),
-    }
 
 
 def _extra_bytes(operated: nn.Module, placement: str, block: str) -> int | None:
@@ -228,25 +265,19 @@ def _least(host: Timing, extra_bytes: float, bytes_per_s: float) -> float:
     return 1 + 1e3 * host.batch * extra_bytes / bytes_per_s / host.median_ms
 
 
-def print_table(results: dict[str, Any]) -> None:
-    """Print the table of the README."""
-    print(f"Measured on {results['machine']}, {results['torch']}:\n")
-    print("| network | block | run | ours | timm | of the least | unchanged, alive |")
-    print("|---|---|---|--:|--:|--:|---|")
-    for entry in results["entries"]:
-        if "skipped" in entry:
-            continue
-        checks = entry["checks"]
-        held = all(check["exact"] and not check["dead"] for check in checks)
-        for row in entry["rows"]:
-            ours, least = row["ours"]["ratio"] - 1, row["least_ratio"]
-            timm = f"{100 * (row['timm']['ratio'] - 1):+.1f} %" if row["timm"] else ""
-            share = f"{ours / (least - 1):.2f} ×" if least else ""
-            print(
-                f"| {entry['model']} | {entry['block']} | {row['engine']}, {row['precision']}, "
-                f"batch {row['batch']} | {100 * ours:+.1f} % | {timm} | {share} | "
-                f"{'yes' if held else 'NO'} |"
-            )
+def earlier(path: Path, results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return what a file of the same machine and torch has already.
+
+    Raises:
+        SystemExit: it is of another machine or torch.
+    """
+    if not path.exists():
+        return []
+    found = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("machine", "torch"):
+        if found[key] != results[key]:
+            raise SystemExit(f"{path} is of {found[key]}, this is {results[key]}: give another -o")
+    return list(found["entries"])
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -262,10 +293,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=5.0)
     parser.add_argument("--contiguous", dest="channels_last", action="store_false")
     parser.add_argument("--machine", default=os.environ.get("MACHINE") or platform.machine())
-    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("-o", "--output", type=Path, help="gpu.json beside this file on a GPU")
+    parser.add_argument("--readme", type=Path, default=README, help="gets the table, on a GPU")
     options = parser.parse_args(arguments)
     if options.table is not None:
-        print_table(json.loads(options.table.read_text(encoding="utf-8")))
+        print(table_of(json.loads(options.table.read_text(encoding="utf-8"))))
         return
     is_cuda = torch.cuda.is_available()
     device = torch.device("cuda", 0) if is_cuda else torch.device("cpu")
@@ -278,18 +310,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.batch = options.batch or ([1, 32, 256] if is_cuda else [1])
     options.precision = options.precision or (["bf16", "fp16"] if is_cuda else ["fp32"])
     options.size = options.size or (224 if is_cuda else 64)
+    options.output = options.output or (RESULTS if is_cuda else None)
     results: dict[str, Any] = {
         "machine": torch.cuda.get_device_name(device) if is_cuda else f"{options.machine} (CPU)",
         "torch": f"torch {torch.__version__}",
         "is_gpu": is_cuda,
         "entries": [],
     }
+    if options.output is not None:
+        results["entries"] = earlier(options.output, results)
+    done = {(entry["model"], entry["block"]) for entry in results["entries"]}
     for name in options.model:
         for block in options.block:
+            if (name, block) in done:
+                continue
             results["entries"].append(measure(name, block, options, device))
             if options.output is not None:  # after each: what is measured is kept
                 options.output.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print_table(results)
+    if is_cuda:
+        write_readme(results, options.readme)
+    print(table_of(results))
 
 
 if __name__ == "__main__":

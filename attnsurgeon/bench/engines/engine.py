@@ -50,12 +50,14 @@ class Engine:
         check: refuses a device that the engine cannot use, before anything is loaded.
         can_train: whether it can run a step of training.
         has_layout: whether it minds how torch lays a tensor out in memory.
+        lacks: precisions that it has not.
     """
 
     prepare: Prepare
     check: Callable[[torch.device], None]
     can_train: bool = False
     has_layout: bool = True
+    lacks: tuple[str, ...] = ()
 
 
 _registry: Registry[Engine] = Registry("engine")
@@ -67,11 +69,12 @@ def register(
     *,
     can_train: bool = False,
     has_layout: bool = True,
+    lacks: tuple[str, ...] = (),
 ) -> Callable[[Prepare], Prepare]:
     """Return a decorator that enters an engine under the name that users type."""
 
     def enter(prepare: Prepare) -> Prepare:
-        _registry.register(name)(Engine(prepare, check, can_train, has_layout))
+        _registry.register(name)(Engine(prepare, check, can_train, has_layout, lacks))
         return prepare
 
     return enter

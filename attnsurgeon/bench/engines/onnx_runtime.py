@@ -69,7 +69,7 @@ def _provider(device: torch.device) -> str:
     return "CUDAExecutionProvider" if device.type == "cuda" else "CPUExecutionProvider"
 
 
-@register("onnxruntime", check_onnxruntime, has_layout=False)
+@register("onnxruntime", check_onnxruntime, has_layout=False, lacks=("bf16",))
 def run_onnxruntime(target: Target, inputs: Inputs, place: Place) -> Runner:
     """Run the network as it would be exported to .onnx; an .onnx file as it is.
 
@@ -80,7 +80,7 @@ def run_onnxruntime(target: Target, inputs: Inputs, place: Place) -> Runner:
     return _runner(target, inputs, place, _provider(place.device))
 
 
-@register("onnxruntime-tensorrt", check_tensorrt, has_layout=False)
+@register("onnxruntime-tensorrt", check_tensorrt, has_layout=False, lacks=("bf16",))
 def run_tensorrt(target: Target, inputs: Inputs, place: Place) -> Runner:
     """Run it on ONNX Runtime's TensorRT provider.
 

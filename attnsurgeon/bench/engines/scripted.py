@@ -14,12 +14,10 @@ from attnsurgeon.bench.engines.engine import (
     renew_memory,
     torch_runner,
 )
+from attnsurgeon.bench.exported import PROFILED_CALLS
 from attnsurgeon.bench.targets import Target
 from attnsurgeon.bench.timing import Runner
 from attnsurgeon.export.torchscript import freeze_torchscript, make_torchscript
-
-PROFILED_CALLS = 3
-"""TorchScript watches the first calls of a new graph and compiles it then."""
 
 
 @register("torchscript")
