@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
+from attnsurgeon.answers import AnswersAtOnce
+
 
 @contextmanager
 def borrowed_modes(model: nn.Module) -> Iterator[None]:
@@ -83,7 +85,8 @@ def on_meta(model: nn.Module) -> Iterator[None]:
             if id(tensor) not in stand_ins:
                 stand_ins[id(tensor)] = _without_memory(tensor)
             tensors[name] = stand_ins[id(tensor)]
-        yield
+        with AnswersAtOnce():  # type: ignore[no-untyped-call]  # not annotated in torch
+            yield
     finally:
         for tensors, name, tensor in held:
             tensors[name] = tensor

@@ -8,12 +8,12 @@ import pickle
 import re
 import warnings
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -42,8 +42,11 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals([argparse.Namespace]):
             warnings.simplefilter("ignore")  # what torch doubts, it tells in the error as well
+            metadata: dict[str, str] = {}
             if _is_safetensors(file):
                 loaded: Any = load_file(file)
+                with safe_open(file, framework="pt") as opened:
+                    metadata = opened.metadata() or {}
             else:
                 # A Namespace is a bare holder of values; torchvision's training script keeps one.
                 loaded = torch.load(file, map_location="cpu", weights_only=True)
@@ -52,7 +55,7 @@ def read_checkpoint(path: str | os.PathLike[str], key: str | None = None) -> Che
             f"{str(file)!r} cannot be read as a checkpoint: {why_unreadable(error)}; give what "
             "torch.save(model.state_dict(), FILE) wrote, or .safetensors"
         ) from error
-    return unwrap_checkpoint(loaded, repr(str(file)), key)
+    return replace(unwrap_checkpoint(loaded, repr(str(file)), key), metadata=metadata)
 
 
 def _is_safetensors(file: Path) -> bool:

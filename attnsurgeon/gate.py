@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 from attnsurgeon.arguments import typed
 from attnsurgeon.errors import BadOption, UnknownName
+from attnsurgeon.noted import Noted
 
 
-class Gate(nn.Module):
+class Gate(Noted):
     """How far attention is let in: 0 is not at all, 1 is the published block. Of the form `mix`.
 
     Args:
@@ -39,6 +40,8 @@ class Gate(nn.Module):
             none: it cannot have the form `layer` then.
         is_sigmoid: whether its map is a sigmoid, 0.5 where its logits are 0; `centred` needs one.
     """
+
+    form = "mix"
 
     def __init__(self, last: str = "", *, is_sigmoid: bool = False) -> None:
         super().__init__()
@@ -59,13 +62,17 @@ class Gate(nn.Module):
 class CentredGate(Gate):
     """A gate of the form `centred`: at 1 it is the published block times 2."""
 
+    form = "centred"
+
     def forward(self, attention: Tensor, features: Tensor) -> Tensor:
         """Mix twice a sigmoid map towards 1, in the dtype of the features it will multiply."""
         return ((1 - self.openness) + self.openness * (2 * attention)).to(features.dtype)
 
 
-class LayerGate(nn.Module):
+class LayerGate(Noted):
     """A gate of the form `layer`: without a number, as the last layer before it starts at zero."""
+
+    form = "layer"
 
     def __init__(self, last: str) -> None:
         super().__init__()
@@ -107,14 +114,14 @@ class Form:
         return self.kind(gate.last, is_sigmoid=gate.is_sigmoid)
 
 
-DEFAULT_FORM = "mix"
+DEFAULT_FORM = Gate.form
 """That of a block as it is built, and of files that name none."""
 FORMS = {
     DEFAULT_FORM: Form(Gate, "(1 - g) + g·a, g·t"),
-    "centred": Form(
+    CentredGate.form: Form(
         CentredGate, "(1 - g) + g·2σ(z)", "a map that is one sigmoid and multiplies the features"
     ),
-    "layer": Form(
+    LayerGate.form: Form(
         LayerGate,
         "2σ(z), t, last layer zero",
         "a last layer whose zero leaves the features as they are",

@@ -47,37 +47,6 @@ def _check(target: Path, force: bool) -> Path:
 
 @contextmanager
 def atomic_output(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
-    """Yield a temporary path beside the target that becomes the target when all went well.
-
-    On any failure, an interrupt included, nothing is left and what was there before still is.
-
-    Raises:
-        OutputRefused: see check_output; or the disk is full or the write failed otherwise.
-    """
-    target = check_output(path, force=force)
-    part = target.with_name(f".attnsurgeon-{secrets.token_hex(8)}.part")  # short: names can be long
-    try:
-        yield part
-        _flush(part)
-        if os.path.lexists(target) and not force:  # it appeared while this one was made
-            raise OutputRefused(f"{str(target)!r} exists; give --force to replace it")
-        part.replace(target)
-    except OutputRefused:
-        raise
-    except OSError as error:
-        if error.errno in (errno.ENOENT, errno.ENOTDIR) and part.parent.is_dir():
-            raise  # a file that somebody else was to make: our bug
-        raise _refusal(target, error) from error
-    except Exception as error:
-        if "(os error " in str(error):  # as safetensors, which is Rust, tells of a failed write
-            raise _refusal(target, error) from error
-        raise
-    finally:
-        part.unlink(missing_ok=True)
-
-
-@contextmanager
-def atomic_outputs(path: str | os.PathLike[str], *, force: bool = False) -> Iterator[Path]:
     """Yield a path of the same name in a folder beside the target; whatever is written there moves.
 
     That is the target, and files beside it whose names begin with its own. The target comes last.
@@ -90,8 +59,9 @@ def atomic_outputs(path: str | os.PathLike[str], *, force: bool = False) -> Iter
     folder = target.with_name(f".attnsurgeon-{secrets.token_hex(8)}.part")
     try:
         folder.mkdir()
-        yield folder / target.name
-        made = sorted(folder.iterdir(), key=lambda file: file.name == target.name)
+        part = folder / target.name
+        yield part
+        made = [*(file for file in folder.iterdir() if file != part), part]
         for file in made:
             _flush(file)
             check_output(target.with_name(file.name), force=force)  # it may have appeared
@@ -103,6 +73,10 @@ def atomic_outputs(path: str | os.PathLike[str], *, force: bool = False) -> Iter
         if error.errno in (errno.ENOENT, errno.ENOTDIR) and folder.parent.is_dir():
             raise  # a file that somebody else was to make: our bug
         raise _refusal(target, error) from error
+    except Exception as error:
+        if "(os error " in str(error):  # as safetensors, which is Rust, tells of a failed write
+            raise _refusal(target, error) from error
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

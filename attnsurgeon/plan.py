@@ -23,9 +23,9 @@ from attnsurgeon.observation import Shape
 from attnsurgeon.schema import read_as
 from attnsurgeon.selection import literals, select_sites
 from attnsurgeon.sites import KINDS, PLACEMENTS, Site
+from attnsurgeon.splicing import Splice
 from attnsurgeon.spots import sizes_in
 from attnsurgeon.tracks import LAYOUTS
-from attnsurgeon.wiring import Splice
 
 _CHILD = re.compile(r"attention_[a-z]+(_[0-9]+)?")
 _MOST = 2**24

@@ -23,8 +23,10 @@ SMALL_TIME = 8
 """Frames of a clip, for the same reason."""
 
 
-def probe_inputs(model: nn.Module, example: Inputs) -> list[Inputs]:
+def probe_inputs(model: nn.Module, example: Inputs, *, most: int = 2) -> list[Inputs]:
     """Return random inputs like the example: two batch sizes, and two resolutions where it can.
+
+    With `most` = 1 only the first and smaller of them is made.
 
     A batch of images or clips is made small where the network runs at that size. A list of images,
     as detectors take it, becomes lists of two and of three images of different sizes.
@@ -34,7 +36,7 @@ def probe_inputs(model: nn.Module, example: Inputs) -> list[Inputs]:
     """
     like = [leaf for leaf in tree_leaves(example) if isinstance(leaf, Tensor)]
     if len(example) != 1 or not isinstance(example[0], Tensor) or like[0].ndim not in (4, 5):
-        return [random_inputs(example, 2), random_inputs(example, 3)]
+        return [random_inputs(example, batch) for batch in (2, 3)[:most]]
     image = like[0]
     own = tuple(image.shape[2:])
     base = next((size for size in _small_sizes(own) if _runs(model, image, size)), None)
@@ -46,9 +48,12 @@ def probe_inputs(model: nn.Module, example: Inputs) -> list[Inputs]:
             f"{type(model).__name__} fails on batches of {'x'.join(map(str, own))} images{reason}; "
             f"{remedy(model, batch)}"
         )
+    first = random_inputs((_resized(image, base),), 2)
+    if most == 1:
+        return [first]
     others = [(*base[:-2], base[-2] + 32, base[-1]), (*own[:-2], own[-2] + 32, own[-1]), base]
     other = next(size for size in others if _runs(model, image, size))
-    return [random_inputs((_resized(image, base),), 2), random_inputs((_resized(image, other),), 3)]
+    return [first, random_inputs((_resized(image, other),), 3)]
 
 
 def _small_sizes(own: tuple[int, ...]) -> list[tuple[int, ...]]:

@@ -15,6 +15,8 @@ from attnsurgeon.operation import Certificate
 from attnsurgeon.plan import Cut
 from attnsurgeon.schema import read_as
 
+KEY = "attnsurgeon"
+"""The one metadata key of a file; with two, their order in it would be left to chance."""
 FORMAT = 1
 """Version of the file format; a newer one is refused, older ones are read for good."""
 

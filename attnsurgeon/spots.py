@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from torch import fx, nn
 
-from attnsurgeon.anatomy import Anatomy, ancestry, dissect, find_conv, find_tail, trace_own_forward
+from attnsurgeon.anatomy import Anatomy, ancestry, dissect, find_conv, find_tail
 from attnsurgeon.blocks.block import Place
 from attnsurgeon.errors import PlacementUnavailable
 from attnsurgeon.observation import Convolution, Join, Observation, Shape
-from attnsurgeon.wiring import Splice, check_follows, check_place
+from attnsurgeon.splicing import Splice, check_place
+from attnsurgeon.tracing import trace_own_forward
+from attnsurgeon.wiring import check_follows
 
 PLACEMENTS = ("post", "standard", "pre", "identity", "conv", "replace")
 """All placements, by the names of the Squeeze-and-Excitation paper, and `replace`."""
 
+Found = TypeVar("Found")
 Traced = tuple[fx.Graph, Anatomy | None]
 """The graph of a block's own forward, and its parts."""
 
@@ -119,6 +122,25 @@ def residual_spots(
     return spots, refused
 
 
+def _once(find: Callable[..., Found]) -> Callable[..., Found]:
+    """Return a function that looks once, and returns or refuses the same ever after."""
+    found: dict[Any, Found] = {}
+    refused: dict[Any, str] = {}
+
+    def look(*args: Any) -> Found:
+        if args in refused:
+            raise PlacementUnavailable(refused[args])
+        try:
+            if args not in found:
+                found[args] = find(*args)
+        except PlacementUnavailable as error:
+            refused[args] = str(error)
+            raise
+        return found[args]
+
+    return look
+
+
 class _Seeker:
     """Look for the places of one residual block, tracing its forward once for all of them."""
 
@@ -126,11 +148,12 @@ class _Seeker:
         self.block, self.seen, self.join = block, seen, join
         names = (name for name, _ in block.named_modules() if name)
         self.passed = tuple(n for n in names if seen.visits[f"{join.path}.{n}"].passed_through)
-        self.traced = functools.cache(self._trace)
-        self.middle = functools.cache(self._find_middle)
+        self.traced = _once(self._trace)
+        self.middle = _once(self._find_middle)
 
     def _trace(self, opened: str) -> Traced:
-        graph = trace_own_forward(self.block, [f"{opened}.conv"] if opened else [])
+        convs = [f"{opened}.conv"] if opened else []
+        graph = trace_own_forward(self.block, convs, closed=lambda: self.traced("")[0])
         return graph, dissect(self.block, graph, self.passed)
 
     def find(self, placement: str) -> Spot:
@@ -184,11 +207,11 @@ class _Seeker:
         Raises:
             PlacementUnavailable: the block has none, or calls it more than once.
         """
-        path = self.join.path
+        inside = f"{self.join.path}."
         for conv in self.seen.convolutions:
-            if not conv.path.startswith(f"{path}.") or max(conv.kernel) == 1:
+            if not conv.path.startswith(inside) or max(conv.kernel) == 1:
                 continue
-            relative = conv.path.removeprefix(f"{path}.")
+            relative = conv.path.removeprefix(inside)
             graph, anatomy = self.traced(_parent(relative))
             node = find_conv(graph, relative)
             if node is not None and anatomy is not None and node in ancestry(anatomy.branch):

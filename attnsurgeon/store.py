@@ -31,7 +31,7 @@ from attnsurgeon.operation import Certificate, certificate_of, give_certificate
 from attnsurgeon.origin import fingerprints, give_origin, origin_of
 from attnsurgeon.outputs import atomic_output
 from attnsurgeon.plan import Plan
-from attnsurgeon.recipe import Recipe
+from attnsurgeon.recipe import KEY, Recipe
 from attnsurgeon.sources import timm_models, torchvision_models
 from attnsurgeon.surgery import apply_plan, attention_paths, cuts_of, is_new_key, remove_attention
 from attnsurgeon.training.delta import complete, select_moved
@@ -45,8 +45,6 @@ STORABLE = {
     *(torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2),
 }
 """Kinds of numbers that safetensors has."""
-KEY = "attnsurgeon"
-"""The one metadata key; with two, their order in the file would be left to chance."""
 
 
 @typed

@@ -63,14 +63,16 @@ def apply_plan(model: nn.Module, plan: Plan) -> None:
         _check(model, cut)
     made = [build_attention(model, cut) for cut in plan.cuts]
     before = cuts_of(model)
+    last = {cut.path: cut for cut in plan.cuts}
     done: list[Cut] = []
     try:
         for cut, attention in zip(plan.cuts, made, strict=True):
             done.append(cut)
             _attach(model, cut, attention)
+            if last[cut.path] is cut:  # a block is wired once, whatever is put into it
+                _wire_all(model, [other for other in plan.cuts if other.path == cut.path])
     except BaseException:
-        for cut in reversed(done):
-            _detach(model, cut)
+        _detach(model, reversed(done))
         raise
     model.__dict__["_attnsurgeon_cuts"] = (*before, *plan.cuts)
 
@@ -109,12 +111,8 @@ def without_cuts(model: nn.Module, unwanted: Iterable[Cut]) -> nn.Module:
     """Return a copy of the model without the attention of these of its cuts."""
     children = {cut.child for cut in unwanted}
     bare = copy.deepcopy(model)
-    kept = []
-    for cut in cuts_of(model):
-        if cut.child in children:
-            _detach(bare, cut)
-        else:
-            kept.append(cut)
+    _detach(bare, [cut for cut in cuts_of(model) if cut.child in children])
+    kept = [cut for cut in cuts_of(model) if cut.child not in children]
     bare.__dict__["_attnsurgeon_cuts"] = tuple(kept)
     if not kept:
         del bare.__dict__["_attnsurgeon_cuts"]
@@ -164,13 +162,25 @@ def _attach(model: nn.Module, cut: Cut, attention: AttentionBlock) -> None:
     block = model.get_submodule(cut.path)
     attention.train(block.training)
     block.add_module(cut.splice.child, attention)
-    wire(block, (*splices(block), cut.splice))
 
 
-def _detach(model: nn.Module, cut: Cut) -> None:
-    block = model.get_submodule(cut.path)
-    wire(block, tuple(s for s in splices(block) if s.child != cut.splice.child))
-    block._modules.pop(cut.splice.child, None)
+def _wire_all(model: nn.Module, cuts: Iterable[Cut]) -> None:
+    """Have one block call the attention of these cuts, after what it calls already."""
+    cuts = list(cuts)
+    block = model.get_submodule(cuts[0].path)
+    wire(block, (*splices(block), *(cut.splice for cut in cuts)))
+
+
+def _detach(model: nn.Module, cuts: Iterable[Cut]) -> None:
+    """Take the attention of these cuts out of its blocks, each of which is wired once."""
+    unwanted: dict[str, list[str]] = {}
+    for cut in cuts:
+        unwanted.setdefault(cut.path, []).append(cut.splice.child)
+    for path, children in unwanted.items():
+        block = model.get_submodule(path)
+        wire(block, tuple(s for s in splices(block) if s.child not in children))
+        for child in children:
+            block._modules.pop(child, None)
 
 
 def count_parameters(model: nn.Module) -> Mapping[str, int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -28,9 +30,24 @@ _BROKEN = -1
 _RESHAPES = {"view", "_unsafe_view", "reshape", "_reshape_alias"}
 
 
+@functools.cache
 def name_of(func: Any) -> str:
     """Return the name of an operator without its overload, such as `add_`."""
     return str(func._overloadpacket.__name__)
+
+
+def tensors_given(args: Iterable[Any], kwargs: Mapping[str, Any] | None = None) -> list[Tensor]:
+    """Return the tensors among the arguments of an operator: alone, or in lists of them.
+
+    It runs for every operator of a pass, and operators nest no deeper than that.
+    """
+    found = []
+    for value in itertools.chain(args, kwargs.values()) if kwargs else args:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += [item for item in value if isinstance(item, Tensor)]
+    return found
 
 
 class Tracks:
@@ -43,7 +60,8 @@ class Tracks:
 
     def __init__(self, inputs: Any) -> None:
         # All are kept alive, so that no id is used twice.
-        self._alive = {id(leaf): leaf for leaf in _tensors(inputs)}
+        given = (leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor))
+        self._alive = {id(leaf): leaf for leaf in given}
         self._parents: dict[int, set[int]] = {}
         self._made_by: dict[int, str] = {}
         self._axes: dict[int, int] = {}
@@ -55,10 +73,13 @@ class Tracks:
 
     def holds(self, tensor: Tensor) -> bool:
         """Tell whether a tensor was computed from the inputs, or written to with what was."""
-        if id(tensor) not in self._alive and _memory(tensor) in self._written:
-            self._alive[id(tensor)] = tensor
-            self._parents[id(tensor)] = {self._written[_memory(tensor)]}
-        return id(tensor) in self._alive
+        if id(tensor) in self._alive:
+            return True
+        if not self._written or _memory(tensor) not in self._written:
+            return False
+        self._alive[id(tensor)] = tensor
+        self._parents[id(tensor)] = {self._written[_memory(tensor)]}
+        return True
 
     def layout(self, tensor: Tensor) -> str | None:
         """Return what the axes of a tensor are, as far as that is known."""
@@ -78,29 +99,29 @@ class Tracks:
         """Tell whether a tensor is the product of two activations."""
         return self._made_by.get(id(tensor)) == "product"
 
-    def follow(self, func: Any, args: tuple[Any, ...], read: list[Tensor], out: Any) -> None:
-        """Note what an operator made of the tensors that it read."""
-        name = name_of(func)
-        flowing = [tensor for tensor in read if self.holds(tensor)]
-        if not flowing or name.startswith("new_") or name.endswith("_like"):
+    def follow(self, name: str, args: tuple[Any, ...], flowing: list[Tensor], out: Any) -> None:
+        """Note what an operator made of those of its arguments that are followed."""
+        if name.startswith("new_") or name.endswith("_like"):
             return  # only a shape was read
         if name == "cat":
             self._count_tokens(args)
-        results = [id(made) for made in _tensors(out)]
+        results = tensors_given((out,) if isinstance(out, Tensor) else out or ())
+        made_ids = [id(made) for made in results]
+        sources = {id(tensor) for tensor in flowing}
         for tensor in flowing:
-            self._uses[id(tensor)].append((name, args, results))
+            self._uses[id(tensor)].append((name, args, made_ids))
         kind = "product" if name in ("mul", "mul_") and len(flowing) == 2 else name
-        for made in _tensors(out):
+        for here, made in zip(made_ids, results, strict=True):
             axis = self._axis_after(name, args, flowing, made)
-            if name.endswith("_") and id(made) not in self._alive:
-                self._written[_memory(made)] = id(made)  # a part of a tensor of which more is read
-            self._alive[id(made)] = made
-            self._parents.setdefault(id(made), set()).update(id(tensor) for tensor in flowing)
-            self._made_by[id(made)] = kind
+            if name.endswith("_") and here not in self._alive:
+                self._written[_memory(made)] = here  # a part of a tensor of which more is read
+            self._alive[here] = made
+            self._parents.setdefault(here, set()).update(sources)
+            self._made_by[here] = kind
             if name in _WEIGHTED:
-                self._weighted.add(id(made))
+                self._weighted.add(here)
             if axis is not None:
-                self._axes[id(made)] = axis
+                self._axes[here] = axis
 
     def trace_back(self, tensor: Tensor, sources: Iterable[int]) -> tuple[set[int], bool]:
         """Return which of the sources a tensor comes from, and whether weights are on the way."""
@@ -216,10 +237,6 @@ class Tracks:
         if behind <= made.ndim and tensor.shape[axis:] == made.shape[made.ndim - behind :]:
             return made.ndim - behind
         return _BROKEN
-
-
-def _tensors(things: Any) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves(things) if isinstance(leaf, Tensor)]
 
 
 def _memory(tensor: Tensor) -> int:

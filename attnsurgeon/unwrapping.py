@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
 from attnsurgeon.errors import BadFile, UnknownName
+from attnsurgeon.noted import NOTE
 
 NESTS = ("state_dict", "model", "model_state_dict", "model_ema", "ema")
 """Where training scripts keep the state dict inside what they save; the first found is taken."""
@@ -26,6 +27,8 @@ class Checkpoint:
         unwrapped: keys and prefixes that were taken off, from the outside in.
         beside: keys of other state dicts that the file holds, for --checkpoint-key.
         dropped: entries that are no part of a network, such as the counter of an average.
+        forms: path -> form of the gates that the state dict has a note of.
+        metadata: what a safetensors file says of itself.
     """
 
     source: str
@@ -33,6 +36,8 @@ class Checkpoint:
     unwrapped: tuple[str, ...] = ()
     beside: tuple[str, ...] = ()
     dropped: tuple[str, ...] = ()
+    forms: Mapping[str, str] = field(default_factory=dict)
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def unwrap_checkpoint(loaded: Any, source: str, key: str | None) -> Checkpoint:
@@ -67,7 +72,21 @@ def unwrap_checkpoint(loaded: Any, source: str, key: str | None) -> Checkpoint:
             f"{source} holds no state dict{_place(unwrapped)}: no plain mapping of names to "
             f"tensors{_elsewhere(loaded)}"
         )
-    return Checkpoint(source, dict(loaded), tuple(unwrapped), beside)
+    forms = _noted_forms(loaded)
+    return Checkpoint(source, dict(loaded), tuple(unwrapped), beside, forms=forms)
+
+
+def _noted_forms(state: Any) -> Mapping[str, str]:
+    """Return path -> form of each gate that torch noted beside a state dict."""
+    noted = getattr(state, "_metadata", None)
+    held = noted.items() if isinstance(noted, Mapping) else ()
+    return {
+        path: form
+        for path, entry in held
+        if isinstance(path, str)
+        and isinstance(entry, Mapping)
+        and isinstance(form := entry.get(NOTE), str)
+    }
 
 
 def _place(unwrapped: list[str]) -> str:
@@ -111,6 +130,7 @@ def bare_checkpoint(held: Checkpoint, own: Collection[str]) -> Checkpoint:
         own: the keys of the network; a prefix that is one of its own stays.
     """
     state, unwrapped, dropped = dict(held.state), list(held.unwrapped), list(held.dropped)
+    forms = dict(held.forms)
     if "n_averaged" in state and "n_averaged" not in own and len(state) > 1:
         del state["n_averaged"]  # how many models an AveragedModel is the mean of
         dropped.append("n_averaged")
@@ -123,9 +143,13 @@ def bare_checkpoint(held: Checkpoint, own: Collection[str]) -> Checkpoint:
         if is_own and len(bare.keys() & set(own)) <= len(state.keys() & set(own)):
             break
         state = bare
+        forms = {path.removeprefix(prefix): form for path, form in forms.items()}
         unwrapped.append(prefix)
     inner = f".{WRAPPERS[1]}"  # of a part that was compiled alone
     if any(inner in name for name in state) and not any(inner in name for name in own):
         state = {name.replace(inner, "."): tensor for name, tensor in state.items()}
+        forms = {path.replace(inner, "."): form for path, form in forms.items()}
         unwrapped.append(inner)
-    return replace(held, state=state, unwrapped=tuple(unwrapped), dropped=tuple(dropped))
+    return replace(
+        held, state=state, unwrapped=tuple(unwrapped), dropped=tuple(dropped), forms=forms
+    )

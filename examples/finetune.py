@@ -21,7 +21,6 @@ import itertools
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -80,12 +79,9 @@ class Digits(Dataset[tuple[Tensor, int]]):
             from sklearn.datasets import load_digits
 
             data = load_digits()
-            images = torch.from_numpy(data.images).to(torch.uint8)
             held_out = {image.numpy().tobytes() for image in self.images}
-            prepared = digits.prepare(images)
-            mine = [
-                i for i, image in enumerate(prepared) if image.numpy().tobytes() not in held_out
-            ]
+            prepared = digits.prepare(torch.from_numpy(data.images).to(torch.uint8))
+            mine = [i for i, x in enumerate(prepared) if x.numpy().tobytes() not in held_out]
             self.images, self.labels = prepared[mine], torch.from_numpy(data.target)[mine]
             black = -digits.MEAN[0] / digits.STD[0]
             self.change = v2.RandomAffine(10, translate=(0.1, 0.1), scale=(0.9, 1.1), fill=black)
@@ -114,11 +110,9 @@ def open_data(data: str, card: HostCard) -> tuple[Any, Any]:
     norm += [v2.Normalize(card.mean or (0.485, 0.456, 0.406), card.std or (0.229, 0.224, 0.225))]
     change = v2.Compose([v2.RandomResizedCrop(size), v2.RandomHorizontalFlip(), *norm])
     keep = v2.Compose([v2.Resize(round(1.15 * max(size))), v2.CenterCrop(size), *norm])
+    parts = (("train", change), ("val", keep))
     try:
-        return tuple(
-            ImageFolder(Path(data, part), transform, loader=read_image)
-            for part, transform in (("train", change), ("val", keep))
-        )
+        return tuple(ImageFolder(Path(data, part), how, loader=read_image) for part, how in parts)
     except FileNotFoundError as error:
         raise BadOption(f"--data: {error}") from error
 
@@ -197,15 +191,8 @@ class Trainer:
 
     def parts(self) -> dict[str, Any]:
         """Return everything with a state."""
-        parts = {
-            "model": self.model,
-            "optimizer": self.optimizer,
-            "rates": self.rates,
-            "gates": self.gates,
-            "scaler": self.scaler,
-            "averaged": self.averaged,
-        }
-        return {name: part for name, part in parts.items() if part is not None}
+        names = ("model", "optimizer", "rates", "gates", "scaler", "averaged")
+        return {name: part for name in names if (part := getattr(self, name)) is not None}
 
     def resume(self, path: Path) -> None:
         """Go on from a checkpoint of the same run."""
@@ -217,10 +204,8 @@ class Trainer:
         except FileNotFoundError:
             raise BadOption(f"--resume: there is no {str(path)!r}") from None
         except (RuntimeError, KeyError, ValueError) as error:
-            reason = first_line(error)
-            raise BadFile(
-                f"{str(path)!r} is of another run: {reason}; leave out --resume"
-            ) from error
+            told = f"{str(path)!r} is of another run: {first_line(error)}; leave out --resume"
+            raise BadFile(told) from error
 
     def save(self, folder: Path) -> None:
         """Write the checkpoint and the trained network, each whole or not at all."""
@@ -238,7 +223,7 @@ class Trainer:
         dtype = AMP[self.options.amp]
         for images, labels in itertools.islice(self.batches, self.steps):
             images, labels = images.to(self.device), labels.to(self.device)
-            with torch.autocast(self.device.type, dtype) if dtype else nullcontext():
+            with torch.autocast(self.device.type, dtype, enabled=dtype is not None):
                 loss = cross_entropy(self.parallel(images), labels)
             self.optimizer.zero_grad()
             torch.autograd.backward(self.scaler.scale(loss))
@@ -269,9 +254,8 @@ def run(options: argparse.Namespace) -> None:
     """Train from the first epoch, or from the last checkpoint, to the end."""
     trainer = Trainer(options)
     first = trainer.rank == 0  # it alone writes and draws
-    last = options.output / "last.pt"
     if options.resume:
-        trainer.resume(last)
+        trainer.resume(options.output / "last.pt")
     options.output.mkdir(parents=True, exist_ok=True)
     writer: Any = None
     if options.tensorboard and first:

@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from PIL import Image
 from torch.distributed.checkpoint.state_dict import get_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.functional import cross_entropy
@@ -19,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import attnsurgeon
 from attnsurgeon import digits
-from attnsurgeon.errors import HostUnusable
+from attnsurgeon.errors import BadOption, HostUnusable
 from attnsurgeon.host import load_host
 from examples import finetune
 from tests import hosts, sync_batchnorm_on_cpu
@@ -134,10 +135,25 @@ def finetune_on(folder):
     finetune.run(finetune.parse_arguments())
 
 
+def finetune_on_too_few(folder):
+    """Run the example on fewer images than fill a batch in each process; all of them refuse."""
+    for part in ("train", "val"):
+        for kind in ("cat", "dog"):
+            (folder / "few" / part / kind).mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (32, 32)).save(folder / "few" / part / kind / f"{dist.get_rank()}.png")
+    dist.barrier()
+    sys.argv = ["finetune.py", str(folder / "operated.safetensors"), "--data", str(folder / "few")]
+    sys.argv += ["--output", str(folder / "refused"), "--batch-size", "3"]
+    with pytest.raises(BadOption) as refused:
+        finetune.run(finetune.parse_arguments())
+    print(f"refused: {refused.value}", flush=True)
+
+
 def main(folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     finetune_on(folder)
+    finetune_on_too_few(folder)
     rank = dist.get_rank()
     half = slice(rank * BATCH // 2, (rank + 1) * BATCH // 2)
     start = attnsurgeon.load_model(folder / "start.safetensors")

@@ -13,12 +13,15 @@ ROOT = PACKAGE.parent
 
 FLOORS = [
     {"errors", "digits"},
-    {"arguments"},
+    {"arguments", "answers", "noted"},
     {"registry", "gate", "borrow", "outputs", "schema", "tracks", "observation", "walks"},
     {"blocks"},
-    {"anatomy", "card", "network", "cost", "trial", "unwrapping"},
+    {"anatomy", "card", "network", "cost", "trial", "unwrapping", "watch"},
+    {"tracing"},
+    {"splicing"},
     {"observe", "wiring", "checkpoint", "probes"},
     {"builder", "spots", "liveness", "example", "inputs"},
+    {"site"},
     {"sites"},
     {"sources", "selection"},
     {"plan"},

@@ -59,6 +59,12 @@ class TestSettled:
         settled = [rounds.halves_agree(list(random.normal(0, 0.05, 10)), 0.005) for _ in range(200)]
         assert sum(settled) >= 190
 
+    def test_a_disturbed_race_takes_its_time_and_says_what_it_compared(self, machine):
+        pair = [machine.runner(100, held_up=0.5), machine.runner(100, held_up=0.5)]
+        found = timing.race(pair, 20)
+        assert len(found.rounds) == timing.PATIENCE * found.planned
+        assert doubts.stability_doubt(found, 20).startswith("disturbed")
+
     def test_too_few_say_nothing(self):
         assert not rounds.halves_agree([0.0, 0.0, 0.0], 1.0)
 

@@ -8,6 +8,7 @@ import torch
 
 from attnsurgeon.bench import (
     interval,
+    ratios,
     rounds,
     timing,
 )
@@ -24,13 +25,16 @@ class FakeMachine:
     def clock(self):
         return self.now_ns
 
-    def runner(self, ms, *, drift=0.0, switch_ms=0.0, noise=0.0, placement=0.0, moving_ms=1.0):
+    def runner(
+        self, ms, *, drift=0.0, switch_ms=0.0, noise=0.0, placement=0.0, moving_ms=1.0, held_up=0.0
+    ):
         """Return a runner of `ms` a call.
 
         Args:
             drift: share that all calls become slower per second.
             switch_ms: what the first call after another runner's costs on top.
             noise: standard deviation of a call, relative.
+            held_up: share of the calls that another program on the core makes 2.2 times as long.
             placement: standard deviation of what a move does to all calls until the next.
         """
         state = {"placed": 1.0, "moves": 0}
@@ -39,6 +43,8 @@ class FakeMachine:
         def call():
             cost = ms * state["placed"] * (1 + drift * self.now_ns / 1e9)
             cost *= 1 + noise * self.random.standard_normal()
+            if self.random.random() < held_up:
+                cost *= 2.2
             if self.last is not me:
                 cost += switch_ms
             self.last = me
@@ -65,7 +71,7 @@ def machine(monkeypatch):
 
 
 def ratio_of(found):
-    return interval.estimate(found.log_ratios(1))
+    return ratios.ratio_of(found, 1)
 
 
 class TestRace:
@@ -104,6 +110,25 @@ class TestRace:
             assert (found.high - found.low) / 2 < 0.02
             held += found.low <= 1 <= found.high
         assert held >= 11
+
+    def test_calls_of_two_kinds_do_not_hide_a_difference(self, monkeypatch):
+        """As beside another program: pairs would be off by several percent."""
+        by_pairs, fastest = [], []
+        for seed in range(8):
+            machine = FakeMachine(seed)
+            monkeypatch.setattr(timing, "clock_ns", machine.clock)
+            pair = [machine.runner(ms, noise=0.04, held_up=0.45) for ms in (60, 63)]
+            found = timing.race(pair, 20)
+            assert found.is_disturbed(0)
+            by_pairs.append(interval.estimate(found.log_ratios(1)).ratio)
+            fastest.append(ratio_of(found))
+        assert all(found.ratio == pytest.approx(1.05, abs=0.02) for found in fastest)
+        assert sum(found.low <= 1.05 <= found.high for found in fastest) >= 7
+        assert np.std(by_pairs) > 2 * np.std([found.ratio for found in fastest])
+
+    def test_drift_alone_disturbs_nothing(self, machine):
+        found = timing.race([machine.runner(10), machine.runner(10, drift=0.1)], 10)
+        assert not found.is_disturbed(1)
 
     def test_a_ratio_comes_from_both_orders(self):
         passes = (([2.0, 8.0], [2.0, 2.0], [1.0, 3.0]), ([2.0, 6.0],))

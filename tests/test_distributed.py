@@ -144,6 +144,11 @@ class TestTwoProcesses:
         trained = attnsurgeon.load_model(folder / "finetuned" / "trained.safetensors")
         assert all(gate.item() != 0 for gate in attnsurgeon.gates(trained).values())
 
+    def test_the_example_refuses_more_processes_than_the_data_fill(self, two_processes, folder):
+        says = "refused: 4 training images do not fill one batch of 3 in each of 2 processes"
+        assert two_processes.count(says) == 2
+        assert not (folder / "refused").exists()
+
 
 class TestOneProcess:
     """Three steps under a wrapper; what they end with is what they end with without it."""

@@ -311,7 +311,7 @@ class TestAfterwards:
     @pytest.mark.parametrize("turned", [False, True])
     def test_a_checkpoint_of_another_form(self, refused, file, digits_file, folder, turned):
         own, other = (digits_file, file) if turned else (file, digits_file)
-        torch.save(load_model(other).state_dict(), "other.pth")
+        torch.save(dict(load_model(other).state_dict()), "other.pth")  # without torch's notes
         says = ["other.pth", "another form of gate", "gate.openness", "--gate"]
         says.append(("the file has" if turned else "it has") + " a number")
         refused("gates", own, "--checkpoint", "other.pth", says=says)

@@ -10,13 +10,52 @@ import torch
 
 import attnsurgeon
 from attnsurgeon.blocks.block import AttentionBlock
+from attnsurgeon.training.images import sample_inputs
 from examples.study import __main__ as study
-from examples.study import data, host, run
+from examples.study import afterwards, data, host, run
 from examples.study.arms import ARMS, Arm
-from examples.study.results import interval, summarise, text
+from examples.study.results import apart, findings, interval, summarise, text
 
 ROOT = Path(__file__).parent.parent
 NAMED = {arm.name: arm for arm in ARMS}
+
+
+def _below(row):
+    return apart(row, "against_plain", -1)
+
+
+def _mean(row):
+    return row["against_plain"][0]
+
+
+CLAIMS = {
+    "No arm beats plain fine-tuning beyond its interval": lambda rows: (
+        not any(apart(row, "against_plain", 1) for row in rows.values())
+    ),
+    "none beats the control that only rescales": lambda rows: (
+        not any(apart(row, "against_control", 1) for row in rows.values())
+    ),
+    "SE and CBAM put in without gates still end below plain": lambda rows: all(
+        _below(rows[f"{block} without gates"]) for block in ("se", "cbam")
+    ),
+    "A gate is no insurance against a rate: with attention at 10 times the host's rate, gated CBAM "
+    "ended below plain": lambda rows: _below(rows["cbam gated"]),
+    "At the host's own rate no form of any block did": lambda rows: (
+        not any(_below(row) for name, row in rows.items() if name.endswith(", rate x1"))
+    ),
+    "`centred`, `layer` and one number per channel ended nearer to plain than `mix` with one "
+    "number at 10 times the rate": lambda rows: all(
+        _mean(rows[f"se {form}"]) > _mean(rows["se gated"])
+        for form in ("centred", "layer", "mix, per channel")
+    ),
+    "Annealing to 1, a warm-up with the host frozen (a quarter of the budget) and `mix` with a "
+    "tenfold start cost points": lambda rows: all(
+        _mean(rows[name]) < 0
+        for name in rows
+        if "annealed" in name or "warm-up" in name or name == "se mix, start x10"
+    ),
+}
+"""What the README concludes, each with what must be so in the results for it to be said."""
 
 
 @pytest.fixture(scope="module")
@@ -90,12 +129,25 @@ class TestArms:
             assert torch.allclose(factor, factor[:1].expand_as(factor), atol=1e-5)
             assert not torch.allclose(factor, torch.ones_like(factor))
 
+    def test_arms_share_an_insertion_and_nothing_else(self, network):
+        one, other = (run.make(NAMED["se gated"], network, 0) for _ in range(2))
+        attention(one)[0].gate.openness.data.fill_(1)
+        assert attention(other)[0].gate.openness.item() == 0
+
+    def test_all_arms_of_a_seed_see_the_same(self, parts):
+        first, again = (data.lessons(parts, 0, 2, 4) for _ in range(2))
+        assert first is again
+        images, labels = data.lessons(parts, 1, 2, 4)[0]
+        assert images.shape == (4, 3, data.SIZE, data.SIZE)
+        assert len(labels) == 4
+        assert not torch.equal(images, first[0][0])
+
     def test_warm_up_annealing_and_rates_change_the_run(self, network, parts, monkeypatch):
         monkeypatch.setattr(run, "STEPS", 2)
         monkeypatch.setattr(run, "MEASURED", (0, 2))
         plain = Arm("", rate=1)
         ends = {}
-        for change in ({}, {"warm_up": 1}, {"anneal": 2}, {"rate": 10.0}):
+        for change in ({}, {"warm_up": 1}, {"anneal": 2}, {"rate": 10.0}, {"gate_rate": 10.0}):
             accuracy, model = run.fine_tune(replace(plain, **change), network, parts, 0)
             assert len(accuracy) == 2
             ends[str(change)] = torch.cat([p.detach().flatten() for p in model.parameters()])
@@ -138,6 +190,29 @@ class TestResults:
         assert summarise(results["runs"], ARMS) == results
         assert results["seeds"] >= 5
 
+    def test_the_findings_are_counted(self):
+        arms = [Arm("plain", half=1, block=None), Arm("se", half=1), Arm("se without gates")]
+        ends = {"plain": 0.6, "se": 0.62, "se without gates": 0.5}
+        runs = [
+            {"arm": name, "seed": seed, "accuracy": [0.1 * end] * 6 + [end + 0.01 * seed]}
+            for name, end in ends.items()
+            for seed in range(3)
+        ]
+        told = findings({**summarise(runs, arms), "shown": "se", "varies": [0.01, 0.025]})
+        assert "Ended above plain fine-tuning by more than the interval: se (+2.0 ± 0.0)." in told
+        assert "Ended below it by more than the interval: se without gates (-10.0 ± 0.0)." in told
+        assert "starts at 6.0 %, those with gates at 6.2 %, those without at 5.0 %" in told
+        assert "the maps of `se` differ by 1.0 to 2.5 % of" in told
+        assert "Of 2 differences at 95 %, 0.1 are expected" in told
+        assert "the control" not in told
+
+    @pytest.mark.parametrize("said", CLAIMS)
+    def test_what_the_readme_concludes_holds(self, said):
+        results = json.loads((ROOT / "examples/study/results.json").read_text("utf-8"))
+        readme = " ".join((ROOT / "README.md").read_text("utf-8").split())
+        assert said in readme
+        assert CLAIMS[said]({row["arm"]: row for row in results["arms"]})
+
     def test_only_what_stands_between_the_marks_is_exchanged(self):
         first, last = study.MARKS
         page = f"a\n{first}\nold\n{last}\nb\n"
@@ -146,3 +221,19 @@ class TestResults:
         assert once.startswith("a\n")
         assert once.endswith("b\n")
         assert study.put_between(once, "new\n") == once
+
+
+def test_gates_show_and_remove_work_on_what_it_leaves(network, parts, tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "STEPS", 1)
+    monkeypatch.setattr(run, "MEASURED", (0, 1))
+    arm = NAMED[study.SHOWN]
+    model = run.fine_tune(arm, network, parts, 0)[1]
+    attnsurgeon.save_model(model, tmp_path / study.TRAINED)
+    varies = afterwards.look_at(tmp_path / study.TRAINED)
+    assert len(varies) == 6
+    assert max(varies) > 0
+    (read,) = sample_inputs(model, tmp_path / "images").inputs
+    inside = parts.held_out[0][: afterwards.IMAGES].abs() < 1.7  # what a file's 0 to 1 can hold
+    assert (read - parts.held_out[0][: afterwards.IMAGES])[inside].abs().max() < 0.02
+    for name in ("gates.svg", "page.html", "plain.safetensors"):
+        assert (tmp_path / name).exists()

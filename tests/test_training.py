@@ -434,6 +434,17 @@ class TestAttentionOnly:
         with pytest.raises(HostUnusable, match="another host|not the one|was made from"):
             attnsurgeon.load_model(file, load_host("resnet18", weights="none"))
 
+    def test_on_the_wrong_host_by_the_command_line(self, trained, run, refused, folder):
+        attnsurgeon.save_model(trained, "delta.safetensors", only="attention")
+        code = "from attnsurgeon.host import load_host\n\n\n"
+        code += 'def build():\n    host = load_host("digits")'
+        (folder / "right.py").write_text(f"{code}\n    return host\n")
+        moved = "host.features[0][0].weight.data[0, 0, 0, 0] += 1"
+        (folder / "wrong.py").write_text(f"{code}\n    {moved}\n    return host\n")
+        says = ["belongs to another host: 1 of", "the first features.0.0.weight", "--host FILE.py"]
+        refused("gates", "delta.safetensors", "--host", "wrong.py:build", says=says)
+        assert run("gates", "delta.safetensors", "--host", "right.py:build").code == 0
+
     def test_a_host_that_was_trained_too(self, model, tmp_path):
         train(model.train(), torch.optim.SGD(model.parameters(), lr=0.1), 1)
         with pytest.raises(HostUnusable, match="of the host were trained too, the first features"):

@@ -243,7 +243,9 @@ def _check_engines(target: Target, request: Request) -> None:
             raise BadOption(
                 f"{target.name} cannot run on {engine}; give --engine {target.only[0]} alone"
             )
-    if target.model is None and request.precisions != (None,):
+    if request.train and target.only:
+        raise BadOption(f"{target.name} was exported for inference; leave it or --train out")
+    if target.keeps_precision and request.precisions != (None,):
         own = precision_of(target)
         wrong = [precision for precision in request.precisions if precision != own]
         if wrong:

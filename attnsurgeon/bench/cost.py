@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attnsurgeon.bench.exported import is_of_onnxruntime, session_for
 from attnsurgeon.bench.inputs import cast_inputs
+from attnsurgeon.bench.packages import load_package
 from attnsurgeon.bench.targets import Inputs, Target
 from attnsurgeon.borrow import on_meta
 from attnsurgeon.cost import Count, count_call
@@ -26,8 +27,9 @@ class Cost:
     """What one target costs, whatever runs it.
 
     Attributes:
-        parameters: gates included; None for an .onnx file, whose constants are not told apart.
-        macs: multiply-adds for one image of the compared size; None for an .onnx file.
+        parameters: gates included; None for a file that another runtime holds, such as .onnx,
+            whose constants are not told apart.
+        macs: multiply-adds for one image of the compared size; None for such a file.
         file_bytes: of the target's file, with the data beside it; None where there is none.
         outputs: shapes of what it returns for the inputs it was tried on.
         uncounted: operators that compute something besides the multiply-adds.
@@ -48,17 +50,17 @@ def count_cost(target: Target, inputs: Inputs) -> Cost:
     """Try a target once on inputs, without arithmetic where possible, and count.
 
     Raises:
-        BadOption: an .onnx file fixes an axis at another size.
+        BadOption: a file fixes an axis at another size.
         HostUnusable: the target does not run on such inputs.
     """
     own = cast_inputs(inputs, target)
     check_axes(target, own)
     try:
         if target.model is None:
-            return Cost(None, None, _bytes_of(target.file), _run_onnx(target, own))
+            return Cost(None, None, _bytes_of(target.file), _run_file(target, own))
         outputs, count = _count(target.model, own)
     except Exception as error:
-        if target.model is None and not is_of_onnxruntime(error):
+        if target.model is None and not _is_foreign(error):
             raise
         shapes = [tuple(part.shape) for part in own if isinstance(part, Tensor)]
         raise HostUnusable(
@@ -79,7 +81,7 @@ def count_cost(target: Target, inputs: Inputs) -> Cost:
 
 
 def check_axes(target: Target, inputs: Inputs) -> None:
-    """Refuse a shape that an .onnx file cannot take.
+    """Refuse a shape that an exported file cannot take.
 
     Raises:
         BadOption: an axis is fixed at another size.
@@ -114,8 +116,16 @@ def _counted(model: nn.Module, inputs: Inputs) -> tuple[tuple[Shape, ...], Count
     return tuple(tuple(leaf.shape) for leaf in leaves), count
 
 
-def _run_onnx(target: Target, inputs: Inputs) -> tuple[Shape, ...]:
+def _is_foreign(error: Exception) -> bool:
+    """Tell whether a runtime raised this, and not a mistake of ours."""
+    return is_of_onnxruntime(error) or type(error) is RuntimeError
+
+
+def _run_file(target: Target, inputs: Inputs) -> tuple[Shape, ...]:
     assert target.file is not None  # a target without a module is a file
+    if target.file.suffix.lower() == ".pt2":
+        outputs = tree_leaves(load_package(target.file, {})(*inputs))
+        return tuple(tuple(leaf.shape) for leaf in outputs if isinstance(leaf, Tensor))
     session = session_for(target.file, is_optimised=False)
     names = [node.name for node in session.get_inputs()]
     feed = {name: part.numpy() for name, part in zip(names, inputs, strict=True)}

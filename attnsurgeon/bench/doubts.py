@@ -51,6 +51,11 @@ def stability_doubt(race: Race, seconds: float) -> str | None:
     """Doubt a race that was not stable when the patience was over."""
     if is_settled(race):
         return None
+    if any(race.is_disturbed(i) for i in range(len(race.samples_ms))):
+        return (
+            "disturbed: something else held up so many calls that the fastest quarter of each "
+            "target is compared; measure again on a quiet machine"
+        )
     return (
         f"not stable: the last rounds disagree with those before, after {len(race.rounds)} rounds; "
         f"give more than --seconds {seconds:g}"

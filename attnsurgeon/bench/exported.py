@@ -148,11 +148,11 @@ def read_onnx(path: Path) -> OnnxFile:
         HostUnusable: it takes inputs of a dtype or rank that cannot be made up.
     """
     session = session_for(path, is_optimised=False)
-    told = _read_size(session.get_modelmeta().custom_metadata_map.get(SIZE_KEY, ""))
+    told = read_size(session.get_modelmeta().custom_metadata_map.get(SIZE_KEY, ""))
     example, fixed, is_sized = [], [], True
     for node in session.get_inputs():
         axes: Fixed = tuple(axis if isinstance(axis, int) else None for axis in node.shape)
-        shape = _one_image(axes, told or DEFAULT_SIZE)
+        shape = one_image(axes, told or DEFAULT_SIZE)
         if shape is None or node.type not in _DTYPES:
             raise HostUnusable(
                 f"no input can be made up for {str(path)!r}: {node.name} is {node.type}{node.shape}"
@@ -169,7 +169,7 @@ def _gates_in(path: Path) -> dict[str, Tensor]:
     # Names mean nothing in a file that is not of export_model: it has another author.
     if RECIPE_KEY not in file.notes:
         return {}
-    layers = _read_names(file.notes.get(GATES_KEY, ""))
+    layers = read_names(file.notes.get(GATES_KEY, ""))
     return {
         name: file.values(name)
         for name in file.spots
@@ -177,7 +177,7 @@ def _gates_in(path: Path) -> dict[str, Tensor]:
     }
 
 
-def _one_image(axes: Fixed, size: tuple[int, int]) -> tuple[int, ...] | None:
+def one_image(axes: Fixed, size: tuple[int, int]) -> tuple[int, ...] | None:
     """Return the axes with a batch of 1 and free ones filled in, if it is known what they are."""
     rest = axes[1:]
     if len(axes) == 4:
@@ -195,11 +195,11 @@ def read_torchscript(path: Path) -> ScriptFile:
         BadFile: it is not TorchScript.
     """
     module, notes = load_torchscript(path, [SIZE_KEY, RECIPE_KEY, GATES_KEY])
-    told = _read_size(notes[SIZE_KEY])
+    told = read_size(notes[SIZE_KEY])
     channels, dtype = _entrance(list(module.parameters()))
     example = torch.zeros(1, channels, *(told or DEFAULT_SIZE), dtype=dtype)
     # Names mean nothing in a file that is not of export_model: it has another author.
-    layers = _read_names(notes[GATES_KEY])
+    layers = read_names(notes[GATES_KEY])
     gates = {
         name: parameter
         for name, parameter in module.named_parameters()
@@ -215,7 +215,8 @@ def _entrance(parameters: Sequence[Tensor]) -> tuple[int, torch.dtype]:
     return 3, torch.float32
 
 
-def _read_names(text: str) -> list[str]:
+def read_names(text: str) -> list[str]:
+    """Return the names that GATES_KEY tells; none where it tells none."""
     try:
         names = json.loads(text)
     except ValueError:
@@ -223,7 +224,8 @@ def _read_names(text: str) -> list[str]:
     return names if isinstance(names, list) else []
 
 
-def _read_size(text: str) -> tuple[int, int] | None:
+def read_size(text: str) -> tuple[int, int] | None:
+    """Return height and width as SIZE_KEY tells them; None where it does not."""
     try:
         height, width = json.loads(text)
         return int(height), int(width)

@@ -25,10 +25,11 @@ from attnsurgeon.bench.doubts import (
 from attnsurgeon.bench.engines import Place
 from attnsurgeon.bench.findings import Job, Profile, SiteCosts
 from attnsurgeon.bench.inputs import cast_inputs, lay_out, make_inputs, send_inputs
-from attnsurgeon.bench.interval import estimate, student_quantile, verdict
+from attnsurgeon.bench.interval import student_quantile, verdict
 from attnsurgeon.bench.largest import find_largest
 from attnsurgeon.bench.per_site import cost_sites
 from attnsurgeon.bench.precision import DTYPES, fit_target, precision_of
+from attnsurgeon.bench.ratios import ratio_of
 from attnsurgeon.bench.ready import Ready, gates_doubt, make_ready
 from attnsurgeon.bench.request import Request
 from attnsurgeon.bench.results import Comparison, Timing
@@ -167,7 +168,7 @@ def _ready(
 def _tell_race(tell: Tell, whole: float, share: float, found: Race) -> None:
     so_far = ""
     if len(found.rounds) > 1 and len(found.samples_ms) > 1:
-        ratios = [estimate(found.log_ratios(i)) for i in range(1, len(found.samples_ms))]
+        ratios = [ratio_of(found, i) for i in range(1, len(found.samples_ms))]
         so_far = f": {', '.join(verdict(ratio) for ratio in ratios)}"
     tell(f"measuring{so_far}", whole * share)
 
@@ -261,7 +262,7 @@ def _compare(
     unstable = stability_doubt(found, seconds)
     comparisons = []
     for i, timing in enumerate(timings[1:], start=1):
-        ratio = estimate(found.log_ratios(i))
+        ratio = ratio_of(found, i)
         folded = [doubt for doubt in timing.doubts if doubt.startswith("folded")]
         comparisons.append(
             Comparison(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from attnsurgeon.bench.findings import Job, SiteCost, SiteCosts
-from attnsurgeon.bench.interval import Estimate, estimate
+from attnsurgeon.bench.ratios import ratio_of
 from attnsurgeon.bench.rounds import Race
 from attnsurgeon.bench.targets import Inputs, Target
 from attnsurgeon.bench.timing import Runner, race
@@ -65,15 +65,15 @@ def cost_sites(
     shapes = _feature_shapes(target.module, inputs)
     host, whole = (prepare(one) for one in (_without(target, paths), target))
     costs: list[SiteCost] = []
-    wholes: list[list[float]] = []
+    races: list[Race] = []
     for number, path in enumerate(paths):
         tell(f"site {path}", number / len(paths))
         others = [other for other in paths if other != path]
         only, rest = (prepare(_without(target, gone)) for gone in (others, [path]))
         found = race([host, only, rest, whole], seconds)
-        wholes += found.log_ratios(3, 0)
+        races.append(found)
         costs.append(_cost_of(_cut_at(target.module, path), shapes[path], found))
-    together = estimate(wholes)
+    together = ratio_of(races, 3)
     return SiteCosts(
         job=job,
         target=target.name,
@@ -97,8 +97,7 @@ def _cut_at(model: nn.Module, path: str) -> Cut:
 
 
 def _cost_of(cut: Cut, shape: tuple[int, ...], found: Race) -> SiteCost:
-    alone_in: Estimate = estimate(found.log_ratios(1, 0))
-    alone_out: Estimate = estimate(found.log_ratios(3, 2))
+    alone_in, alone_out = ratio_of(found, 1), ratio_of(found, 3, baseline=2)
     return SiteCost(cut.path, cut.placement, cut.block, shape, alone_in, alone_out)
 
 

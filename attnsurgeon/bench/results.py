@@ -28,8 +28,8 @@ class Timing:
         device: cpu, or cuda:N.
         batch: number of images per call.
         samples_ms: every timed call, in the order of running.
-        parameters: gates included; None for an .onnx file.
-        macs: multiply-adds for one image; None for an .onnx file.
+        parameters: gates included; None for an .onnx or compiled .pt2 file.
+        macs: multiply-adds for one image; None for an .onnx or compiled .pt2 file.
         file_bytes: size of the target's file; None where there is none.
         provider: of ONNX Runtime, as the session reports it; None for other engines.
         weights: `random`, `file`, or `given` with the module.

@@ -7,6 +7,8 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from attnsurgeon.bench.interval import student_quantile
 
 MIN_ROUNDS, MAX_ROUNDS = 5, 16
@@ -15,6 +17,9 @@ RATIO_TOLERANCE, TIME_TOLERANCE = 0.005, 0.02
 """Smaller differences between the halves of a measurement are none."""
 SETTLED_QUANTILES = 1.5
 """Of Student's t at 97.5 %: one quiet measurement in a hundred or two goes on for nothing."""
+
+DISTURBED = 0.3
+"""A quarter of the blocks take longer than the fastest of their round by this, in logs."""
 
 Blocks = list[float]
 """Median call of one block in ms, for each runner."""
@@ -50,6 +55,20 @@ class Race:
             found.append([(one + other) / 2 for one, other in pairs] or logs)
         return found
 
+    def log_blocks(self, runner: int) -> list[list[float]]:
+        """Return, round by round, the logs of a runner's blocks in ms."""
+        return [[math.log(blocks[runner]) for blocks in passes] for passes in self.rounds]
+
+    def is_disturbed(self, runner: int) -> bool:
+        """Tell whether so many of a runner's blocks were held up that their middle means nothing.
+
+        Two programs on one core make calls of two kinds, of which now the one and now the other is
+        the more frequent.
+        """
+        rounds = [np.asarray(logs) for logs in self.log_blocks(runner)]
+        above = np.concatenate([logs - logs.min() for logs in rounds])
+        return bool(np.percentile(above, 75) > DISTURBED)
+
     def log_times(self, runner: int) -> list[float]:
         """Return the log of each round's median block in ms."""
         return [
@@ -69,9 +88,11 @@ def is_settled(race: Race) -> bool:
     """Tell whether the last planned rounds' second half agrees with their first.
 
     Of several runners the ratios have to agree, which drift of the machine does not touch; of a
-    lone one, the times.
+    lone one, the times. What is disturbed never settles.
     """
     count = len(race.samples_ms)
+    if any(race.is_disturbed(i) for i in range(count)):
+        return False
     if count > 1:
         rows = [[statistics.fmean(own) for own in race.log_ratios(i)] for i in range(1, count)]
         return all(halves_agree(row[-race.planned :], RATIO_TOLERANCE) for row in rows)

@@ -51,8 +51,10 @@ _RUN = _table(
     p95_ms=_of("number", "time that 95 % of the calls stay under"),
     p99_ms=_of("number", "time that 99 % of the calls stay under"),
     samples_ms=_list(_NUMBER, "every timed call, in the order of running"),
-    parameters=_of("integer", "gates included; null for an .onnx file", null=True),
-    macs=_of("integer", "multiply-adds for one image; null for an .onnx file", null=True),
+    parameters=_of("integer", "gates included; null for an .onnx or compiled .pt2 file", null=True),
+    macs=_of(
+        "integer", "multiply-adds for one image; null for an .onnx or compiled .pt2 file", null=True
+    ),
     file_bytes=_of("integer", "size of the file, with the data beside it", null=True),
     provider=_of("string", "of ONNX Runtime, as the session reports it", null=True),
     weights=_of("string", "random, file, or given with the module"),

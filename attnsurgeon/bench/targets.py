@@ -6,8 +6,8 @@ import copy
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from attnsurgeon.bench.exported import Fixed, read_onnx, read_torchscript
+from attnsurgeon.bench.packages import read_package, read_program
 from attnsurgeon.borrow import borrowed_randomness
 from attnsurgeon.card import card_of
 from attnsurgeon.checkpoint import check_readable
 from attnsurgeon.errors import BadFile
 from attnsurgeon.example import as_inputs
+from attnsurgeon.export.compiled import is_compiled
 from attnsurgeon.export.onnx_file import Patch, read_file
 from attnsurgeon.gate import named_gates, opened
 from attnsurgeon.host import host_names, load_host
@@ -31,6 +33,15 @@ GATES = (0.25, 0.75)
 
 SCRIPT_ENGINES = ("torchscript", "torchscript-frozen")
 ONNX_ENGINES = ("onnxruntime", "onnxruntime-tensorrt")
+PACKAGE_ENGINES = ("aotinductor",)
+PROGRAM_ENGINES = (
+    "eager",
+    "compile",
+    "compile-max-autotune",
+    "compile-cudagraphs",
+    "cudagraphs",
+    "aotinductor",
+)
 
 Inputs = tuple[Any, ...]
 
@@ -43,14 +54,16 @@ class Target:
         name: as the user typed it, or the module's class.
         example: positional inputs for one image; only shapes and dtypes of floats count.
         weights: `random`, `file`, or `given` with the module.
-        model: the network on the CPU, in eval mode; None for an .onnx file.
+        model: the network on the CPU, in eval mode; None for an .onnx and a compiled .pt2 file.
         file: where it came from.
         only: the engines that can run it, where not all can.
-        fixed: for each input of an .onnx file, the axes that it fixes.
+        fixed: for each input of a file without a model, the axes that it fixes.
         is_sized: whether the example's height and width are known, not guessed.
         is_opened: whether its gates, if it has any, were opened.
         gates: the names of the parameters that were opened.
         patches: bytes of an .onnx file that open its gates.
+        keeps_precision: whether its numbers cannot be cast to others.
+        values: of the gates of a compiled .pt2 file, by name.
         read_s: how long it took to read or build.
     """
 
@@ -65,11 +78,13 @@ class Target:
     is_opened: bool = True
     gates: tuple[str, ...] = ()
     patches: tuple[Patch, ...] = ()
+    keeps_precision: bool = False
+    values: Mapping[str, Tensor] = field(default_factory=dict, hash=False)
     read_s: float = 0.0
 
     @property
     def module(self) -> nn.Module:
-        """The network, where it is not an .onnx file."""
+        """The network, where the target is not a file that holds another runtime's."""
         assert self.model is not None
         return self.model
 
@@ -128,7 +143,7 @@ def _read_kind(thing: str | os.PathLike[str] | nn.Module, example: Any) -> Targe
     if path.is_file() and name not in host_names():
         raise BadFile(
             f"{name!r} cannot be timed: a target is a .safetensors file of attnsurgeon, an .onnx "
-            "file, a TorchScript .pt file or a model's name"
+            "file, a TorchScript .pt file, a .pt2 file or a model's name"
         )
     with borrowed_randomness(0):
         model = load_host(name, weights="none")
@@ -153,6 +168,7 @@ def _from_onnx(name: str, path: Path) -> Target:
         fixed=read.fixed,
         is_sized=read.is_sized,
         is_opened=bool(read.gates),
+        keeps_precision=True,
         patches=tuple(read_file(path).patches(read.gates)),
     )
 
@@ -173,10 +189,48 @@ def _from_torchscript(name: str, path: Path) -> Target:
     )
 
 
+def _from_program(name: str, path: Path) -> Target:
+    if is_compiled(path):
+        return _from_package(name, path)
+    read = read_program(path)
+    _open(read.gates.values())
+    return Target(
+        name,
+        read.example,
+        "file",
+        model=read.module,
+        file=path,
+        only=PROGRAM_ENGINES,
+        fixed=read.fixed,
+        is_sized=read.is_sized,
+        is_opened=bool(read.gates),
+        gates=tuple(read.gates),
+        keeps_precision=True,
+    )
+
+
+def _from_package(name: str, path: Path) -> Target:
+    read = read_package(path)
+    _open(read.gates.values())
+    return Target(
+        name,
+        read.example,
+        "file",
+        file=path,
+        only=PACKAGE_ENGINES,
+        fixed=read.fixed,
+        is_sized=read.is_sized,
+        is_opened=bool(read.gates),
+        keeps_precision=True,
+        values=read.gates,
+    )
+
+
 _READERS: dict[str, Callable[[str, Path], Target]] = {
     ".safetensors": _from_safetensors,
     ".onnx": _from_onnx,
     ".pt": _from_torchscript,
+    ".pt2": _from_program,
 }
 
 

@@ -68,7 +68,7 @@ def bench(
         list[str] | None,
         typer.Argument(
             metavar="TARGET...",
-            help="Files of attnsurgeon, model names (timm's as timm:NAME), .onnx, .pt.",
+            help="Files of attnsurgeon, model names (timm's as timm:NAME), .onnx, .pt, .pt2.",
         ),
     ] = None,
     engine: Annotated[

@@ -22,6 +22,7 @@ Examples:
   attnsurgeon export resnet50_se.safetensors -o resnet50_se.onnx
   attnsurgeon export resnet50_se.safetensors -o resnet50_se.pt --input-size 320,256
   attnsurgeon export resnet50_se.safetensors -o resnet50_se.pt2 --static
+  attnsurgeon export resnet50_se.safetensors -o resnet50_se.pt2 --compile
   attnsurgeon export resnet50_se.safetensors -o model.py
   attnsurgeon export resnet50_se.safetensors -o resnet50_se_fp16.onnx --precision fp16
   attnsurgeon export resnet50_se.safetensors -o int8.onnx --precision int8 --images photos
@@ -50,6 +51,9 @@ def export(
     ] = "auto",
     optimize: Annotated[
         bool, typer.Option("--optimize", help="Freeze a .pt file: weights become constants.")
+    ] = False,
+    compile: Annotated[
+        bool, typer.Option("--compile", help="Make machine code of a .pt2 file; needs g++.")
     ] = False,
     precision: Annotated[
         str | None,
@@ -110,6 +114,7 @@ def export(
             dynamic=not static,
             exporter=exporter,
             optimize=optimize,
+            compile=compile,
             precision=precision,
             images=images,
             strip=strip,
@@ -136,6 +141,7 @@ def export(
         opset=opset,
         exporter=exporter,
         optimize=optimize,
+        compile=compile,
         precision=precision,
         images=images,
         strip=strip,

@@ -31,7 +31,7 @@ from attnsurgeon.export.proof import Check, gate_values
 from attnsurgeon.export.prove import prove
 from attnsurgeon.export.strip import strip_decided
 from attnsurgeon.gate import gate_numbers, named_gates
-from attnsurgeon.outputs import atomic_outputs
+from attnsurgeon.outputs import atomic_output
 from attnsurgeon.store import make_recipe
 from attnsurgeon.surgery import cuts_of
 
@@ -47,7 +47,7 @@ class Artifact:
 
     Attributes:
         output: its path.
-        format: onnx, torchscript, torch.export or python.
+        format: onnx, torchscript, torch.export, aotinductor or python.
         bytes: its size, with that of a second file where the weights need one.
         opset: of an ONNX file.
         dynamic: whether batch, height and width are free.
@@ -96,6 +96,7 @@ def export_model(
     static: bool = False,
     exporter: str = "auto",
     optimize: bool = False,
+    compile: bool = False,
     precision: str | None = None,
     images: str | os.PathLike[str] | None = None,
     strip: bool = False,
@@ -121,6 +122,7 @@ def export_model(
         exporter: of an ONNX file: dynamo, torchscript, or auto, which takes the second where
             torch.export refuses the network.
         optimize: freeze a TorchScript file: its weights become constants, its norms are folded.
+        compile: a .pt2 file to machine code, by AOTInductor; needs a C++ compiler.
         precision: fp32, fp16 or bf16, which the file's inputs and outputs are then in as well, or
             int8 (an .onnx file that takes float32). Each is compared with the model in fp32, by
             the tolerances of PRECISIONS; by default the file is in the model's own.
@@ -149,6 +151,7 @@ def export_model(
         dynamic=not static,
         exporter=exporter,
         optimize=optimize,
+        compile=compile,
         precision=precision,
         images=None if images is None else Path(images),
         strip=strip,
@@ -163,7 +166,7 @@ def export_model(
         told = (stripped,)
     metadata = {**_metadata(model, inputs), "precision": chosen.name}
     meanwhile = ready_process(kind.needs) if kind.needs else nullcontext()
-    with meanwhile, atomic_outputs(output, force=force) as part:
+    with meanwhile, atomic_output(output, force=force) as part:
         progress(f"translating to {kind.name}")
         pair = resized(inputs, 1 if static else 2, size_of(inputs))  # 1 would be a constant
         cast = lowered(model, chosen, pair) if chosen.name in HALVES and precision else None
@@ -184,19 +187,18 @@ def export_model(
                 progress(f"quantizing it on {len(photographs.images)} images")
             draft.write(part, gates)
             size = sum(file.stat().st_size for file in part.parent.iterdir())
+            name = kind.name_of(part)
             read = draft.reader or kind.open
             twin = draft if draft.folds_gates else None
             del draft  # its weights need not stand in memory beside those that are read
-            proof = prove(
-                kind.name, read, twin, part, model, batches, settings, progress, chosen, cast
-            )
+            proof = prove(name, read, twin, part, model, batches, settings, progress, chosen, cast)
         except ExportDiffers as error:
             if not keep_rejected:
                 raise
             raise _kept(error, part, output) from error
     return Artifact(
         output=str(output),
-        format=kind.name,
+        format=name,
         bytes=size,
         opset=proof.opset,
         dynamic=not static,

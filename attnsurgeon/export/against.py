@@ -117,7 +117,7 @@ def verify_export(
             f"with gates {worst.gates}, batch {worst.batch}: max_rel {worst.max_rel:.2g}, top-1 "
             f"same for {100 * worst.top1_agreement:.0f} %"
         )
-    return Agreement(str(file), kind.name, tuple(checks), seen)
+    return Agreement(str(file), kind.name_of(file), tuple(checks), seen)
 
 
 def _precision_of(opened: Opened, file: Path) -> Precision:

@@ -61,6 +61,7 @@ class Settings:
     precision: str | None = None
     images: Path | None = None
     strip: bool = False
+    compile: bool = False
 
 
 def refuse_onnx_settings(settings: Settings, suffix: str) -> None:
@@ -83,6 +84,16 @@ def refuse_optimize(settings: Settings, suffix: str) -> None:
     """
     if settings.optimize:
         raise ExportRefused(f"--optimize freezes TorchScript; a {suffix} file cannot be frozen")
+
+
+def refuse_compile(settings: Settings, suffix: str) -> None:
+    """Refuse to make machine code of what is not a program of torch.export.
+
+    Raises:
+        ExportRefused: that was asked for.
+    """
+    if settings.compile:
+        raise ExportRefused(f"--compile is for .pt2; a {suffix} file is not compiled beforehand")
 
 
 class Draft(ABC):
@@ -136,6 +147,10 @@ class Format(ABC):
         Raises:
             BadFile: it cannot be run, or has no such gates.
         """
+
+    def name_of(self, path: Path) -> str:
+        """Return what to call a written file, where one suffix stands for several kinds."""
+        return self.name
 
     def has_gates(self, path: Path, gates: Collection[str]) -> bool:
         """Tell whether these gates of a written file can be set when it is opened."""

@@ -13,7 +13,15 @@ from torch import Tensor, nn
 
 from attnsurgeon.errors import BadFile, BadOption, ExportRefused, MissingPackage, UnknownName
 from attnsurgeon.export import onnx_dynamo, onnx_traced
-from attnsurgeon.export.format import Draft, Format, Opened, Settings, refuse_optimize, register
+from attnsurgeon.export.format import (
+    Draft,
+    Format,
+    Opened,
+    Settings,
+    refuse_compile,
+    refuse_optimize,
+    register,
+)
 from attnsurgeon.export.fresh import FreshProcess
 from attnsurgeon.export.inputs import Inputs, tensors_of
 from attnsurgeon.export.last_norms import last_norms_written_out
@@ -161,13 +169,14 @@ class Onnx(Format):
 
         Raises:
             UnknownName: no exporter is called so.
-            ExportRefused: freezing was asked for, or bf16.
+            ExportRefused: freezing or machine code was asked for, or bf16.
             BadOption: an opset that cannot be written or read.
             MissingPackage: a version of onnxscript known to be wrong.
         """
         if settings.exporter not in EXPORTERS:
             raise UnknownName("exporter", settings.exporter, EXPORTERS)
         refuse_optimize(settings, ".onnx")
+        refuse_compile(settings, ".onnx")
         refuse_precision(settings, ".onnx", ("fp32", "fp16", "int8"))
         check_onnxscript()
         check_opset(settings.opset, settings.exporter)

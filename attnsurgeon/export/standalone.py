@@ -14,6 +14,7 @@ from attnsurgeon.export.format import (
     Format,
     Opened,
     Settings,
+    refuse_compile,
     refuse_onnx_settings,
     refuse_optimize,
     register,
@@ -62,10 +63,12 @@ class Standalone(Format):
         """Refuse settings of other formats.
 
         Raises:
-            ExportRefused: an opset, an exporter, freezing, stripping or a precision was asked for.
+            ExportRefused: an opset, an exporter, freezing, machine code, stripping or a precision
+                was asked for.
         """
         refuse_onnx_settings(settings, ".py")
         refuse_optimize(settings, ".py")
+        refuse_compile(settings, ".py")
         refuse_precision(settings, ".py", ("fp32",))
         if settings.strip:
             raise ExportRefused("--strip is not for a .py file, which reads weights with all gates")

@@ -1,4 +1,7 @@
-"""A torch.export program: what torch.export.load reads, and compilers after it."""
+"""A torch.export program: what torch.export.load reads, and compilers after it.
+
+One of them, AOTInductor, can make its package of machine code at once.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from attnsurgeon.errors import BadFile
+from attnsurgeon.export import compiled
 from attnsurgeon.export.format import (
     Draft,
     Format,
@@ -37,14 +41,26 @@ class _ProgramDraft(Draft):
             node.meta.pop("stack_trace", None)
 
     def write(self, path: Path, gates: Mapping[str, Tensor]) -> None:
+        self.set(gates)
+        memory = io.BytesIO()  # by name, only one that ends in .pt2 is taken
+        torch.export.save(self.program, memory, extra_files=self.metadata)
+        path.write_bytes(memory.getbuffer())
+
+    def set(self, gates: Mapping[str, Tensor]) -> None:
+        """Give the program these gates."""
         state = self.program.state_dict
         for name, value in gates.items():
             old, new = state[name], nn.Parameter(value)  # the model keeps its own
             # A module in two places has two names here, and the graph may read either.
             state.update({other: new for other, held in state.items() if held is old})
-        memory = io.BytesIO()  # by name, only one that ends in .pt2 is taken
-        torch.export.save(self.program, memory, extra_files=self.metadata)
-        path.write_bytes(memory.getbuffer())
+
+
+class _CompiledDraft(_ProgramDraft):
+    notices = (compiled.NOTICE,)
+
+    def write(self, path: Path, gates: Mapping[str, Tensor]) -> None:
+        self.set(gates)
+        compiled.compile_program(self.program, path, gates, self.metadata)
 
 
 @register(".pt2")
@@ -54,15 +70,22 @@ class TorchProgram(Format):
     name = "torch.export"
     needs = "torch"
 
+    def name_of(self, path: Path) -> str:
+        """Return what a file is in particular: a program, or machine code."""
+        return compiled.NAME if compiled.is_compiled(path) else self.name
+
     def check(self, settings: Settings) -> None:
         """Refuse settings of other formats.
 
         Raises:
             ExportRefused: an opset, an exporter, freezing or int8 was asked for.
+            MissingPackage: machine code was, and there is no C++ compiler.
         """
         refuse_onnx_settings(settings, ".pt2")
         refuse_optimize(settings, ".pt2")
         refuse_precision(settings, ".pt2", ("fp32", *HALVES))
+        if settings.compile:
+            compiled.check_compiler()
 
     def draft(
         self, model: nn.Module, inputs: Inputs, settings: Settings, metadata: Mapping[str, str]
@@ -70,10 +93,14 @@ class TorchProgram(Format):
         """Translate the network.
 
         Raises:
-            ExportRefused: torch.export cannot take it, or not with free axes.
+            ExportRefused: torch.export cannot take it, or not with free axes; or it is to be
+                machine code and is not on the CPU.
         """
         self.check(settings)
-        return _ProgramDraft(export_program(model, inputs, dynamic=settings.dynamic), metadata)
+        if settings.compile:
+            compiled.check_device(model)
+        program = export_program(model, inputs, dynamic=settings.dynamic)
+        return (_CompiledDraft if settings.compile else _ProgramDraft)(program, metadata)
 
     def open(self, path: Path, gates: Mapping[str, Tensor] | None = None) -> Opened:
         """Load the file in a process of its own.
@@ -82,6 +109,8 @@ class TorchProgram(Format):
             BadFile: it is no program of torch.export.
         """
         values = {name: value.cpu() for name, value in (gates or {}).items()}
+        if compiled.is_compiled(path):
+            return _open_package(path, values)
         try:
             process = FreshProcess(path.name, "open_program", str(path.absolute()), values)
         except BadFile as error:
@@ -92,6 +121,17 @@ class TorchProgram(Format):
             fixed_axes=_fixed_axes(shapes),
             precision=precision or "fp32",
         )
+
+
+def _open_package(path: Path, values: Mapping[str, Tensor]) -> Opened:
+    process = FreshProcess(path.name, "open_package", str(path.absolute()), values)
+    notes = process.told
+    held = compiled.axes_of(notes)
+    return Opened(
+        lambda inputs: process(on_cpu(inputs)),
+        fixed_axes=_fixed_axes({name: axes for name, (axes, _) in held.items()}),
+        precision=notes.get("precision", "fp32"),
+    )
 
 
 def _fixed_axes(shapes: Mapping[str, list[int | None]]) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from attnsurgeon.export.format import (
     Format,
     Opened,
     Settings,
+    refuse_compile,
     refuse_onnx_settings,
     register,
 )
@@ -116,9 +117,10 @@ class TorchScript(Format):
         """Refuse settings of other formats.
 
         Raises:
-            ExportRefused: an opset, an exporter or int8 was asked for.
+            ExportRefused: an opset, an exporter, machine code or int8 was asked for.
         """
         refuse_onnx_settings(settings, ".pt")
+        refuse_compile(settings, ".pt")
         refuse_precision(settings, ".pt", ("fp32", *HALVES))
 
     def draft(

@@ -86,14 +86,39 @@ def open_program(path: str, values: dict[str, Any]) -> Opened:
         program = torch.export.load(io.BytesIO(stream.read()), extra_files=notes)
     module = program.module()
     _set(module, values)
+    return _runner(module), (input_shapes(program), notes["precision"])
+
+
+def input_shapes(program: Any) -> dict[str, Any]:
+    """Return name of each input -> its axes, None where one is free."""
     kinds = program.graph_signature.input_specs
     held = {spec.arg.name for spec in kinds if spec.kind.name == "USER_INPUT"}
-    shapes = {
+    return {
         node.name: [size if isinstance(size, int) else None for size in node.meta["val"].shape]
         for node in program.graph.nodes
         if node.op == "placeholder" and node.name in held and "val" in node.meta
     }
-    return _runner(module), (shapes, notes["precision"])
+
+
+def open_package(path: str, values: dict[str, Any]) -> Opened:
+    """Return what runs a package of AOTInductor, some constants exchanged, and its metadata."""
+    import json
+
+    import torch
+
+    os.environ["AOTI_RUNTIME_CHECK_INPUTS"] = "1"  # else a wrong size is read as a right one
+    model = torch._inductor.aoti_load_package(path)
+    notes = model.get_metadata()
+    names = json.loads(notes.get("constants", "{}"))
+    known, exchanged = set(model.get_constant_fqns()), {}
+    for name, value in values.items():
+        own = known.intersection(names.get(name, [[name]])[0])
+        if not own:
+            raise KeyError(f"it has no constant {name}")
+        exchanged.update(dict.fromkeys(own, value))
+    if exchanged:
+        model.load_constants(exchanged, check_full_update=False)
+    return _runner(model), notes
 
 
 def _set(module: Any, values: dict[str, Any]) -> None:

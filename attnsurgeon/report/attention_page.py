@@ -19,6 +19,7 @@ from attnsurgeon.training.maps import BRANCH, CONTEXT, SPATIAL, AttentionMap, wa
 
 HEAT = ((0, 0, 4), (87, 16, 110), (188, 55, 84), (249, 142, 9), (252, 255, 164))
 """Colours from the least to the most, in equal steps of rising lightness."""
+COLOURS = "Each map is coloured from its own least (dark) to its own most (bright)."
 _SHINE = 0.6
 """Share of the heat where it lies over the image."""
 

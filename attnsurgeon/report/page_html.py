@@ -10,12 +10,13 @@ from pathlib import Path
 from PIL import Image
 
 from attnsurgeon.outputs import atomic_output
-from attnsurgeon.report.attention_page import Page, Picture
+from attnsurgeon.report.attention_page import COLOURS, Page, Picture
 
 STYLE = """
 body { font: 14px/1.4 system-ui, sans-serif; margin: 2em; color: #333 }
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(200px, 1fr)); gap: 1em }
 figure { margin: 0 } figcaption { font-size: 12px } small { color: #666 }
+.map small { display: block }
 .grid img { width: 100%; image-rendering: auto }
 .strip { margin: .4em 0 } .strip img { width: 100%; height: 18px; image-rendering: pixelated }
 .bar { display: flex; height: 16px; background: #eee }
@@ -37,7 +38,8 @@ def write_html(page: Page, path: Path, *, force: bool = False) -> None:
         "<!doctype html>",
         f'<html lang="en"><meta charset="utf-8"><title>{escape(page.title)}</title>',
         f"<style>{STYLE}</style>",
-        f'<h1>{escape(page.title)}</h1><div class="grid">{pictures}</div>{strips}',
+        f"<h1>{escape(page.title)}</h1><p>{COLOURS}</p>",
+        f'<div class="grid">{pictures}</div>{strips}',
         _branches(page),
         "</html>\n",
     ]

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from attnsurgeon.report.attention_page import Page, Picture
+from attnsurgeon.report.attention_page import COLOURS, Page, Picture
 from attnsurgeon.report.plotting import new_figure, write_figure
 
 COLUMNS = 5
@@ -25,7 +25,7 @@ def write_png(page: Page, path: Path, *, force: bool = False) -> None:
     rows = math.ceil(len(pictures) / COLUMNS)
     heights = [1.0] * rows + [_STRIP] * len(page.strips) + [_CHART] * bool(page.branches)
     figure = new_figure(2.4 * COLUMNS, 2.7 * sum(heights) + 0.4)
-    figure.suptitle(page.title, x=0.01, ha="left", fontsize=12)
+    figure.suptitle(f"{page.title}\n{COLOURS}", x=0.01, ha="left", fontsize=11)
     grid = figure.add_gridspec(len(heights), COLUMNS, height_ratios=heights)
     for i, picture in enumerate(pictures):
         _show(figure.add_subplot(grid[i // COLUMNS, i % COLUMNS]), picture, "equal", "\n")
@@ -53,5 +53,8 @@ def _chart(axes: Any, page: Page) -> None:
         axes.bar(places, heights, bottom=floor, label=label)
         floor = [low + high for low, high in zip(floor, heights, strict=True)]
     axes.set_xticks(list(places), list(page.branches), rotation=30, ha="right", fontsize=7)
+    axes.tick_params(axis="y", labelsize=7)
+    axes.margins(x=0.01)
     axes.set_title("which branch is preferred, mean over channels", fontsize=8, loc="left")
-    axes.legend(fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
+    above = {"loc": "lower right", "bbox_to_anchor": (1, 1), "borderaxespad": 0.2}
+    axes.legend(fontsize=7, ncols=len(shares[0]), frameon=False, **above)

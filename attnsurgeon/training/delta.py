@@ -15,6 +15,7 @@ from attnsurgeon.recipe import Recipe
 from attnsurgeon.surgery import attention_paths, is_new_key
 
 ONLY = "attention"
+_GIVE_IT = "give that host with its weights: --host FILE.py:FACTORY, or load_model(path, host=...)"
 
 
 def select_moved(model: nn.Module, recipe: Recipe, only: str) -> tuple[Recipe, dict[str, Tensor]]:
@@ -68,8 +69,7 @@ def complete(
     if wrong:
         raise HostUnusable(
             f"{source} belongs to another host: {len(wrong)} of {len(wanted)} tensors are not "
-            f"those its attention was trained on (SHA-256), the first {wrong[0]}; give that "
-            "host with its own weights: load_model(path, host=...)"
+            f"those its attention was trained on (SHA-256), the first {wrong[0]}; {_GIVE_IT}"
         )
     return {**{key: held[key] for key in wanted}, **part}
 
@@ -78,6 +78,6 @@ def _published(card: HostCard, source: str) -> nn.Module:
     if card.name is None or card.weights is None:
         raise HostUnusable(
             f"{source} holds the attention only, and its host {card.name or card.class_name} had "
-            "no published weights; give the host with its own: load_model(path, host=...)"
+            f"no published weights; {_GIVE_IT}"
         )
     return load_host(card.name, weights=card.weights, arguments=card.arguments)

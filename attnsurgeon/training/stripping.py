@@ -10,11 +10,14 @@ from torch import Tensor, nn
 from attnsurgeon.arguments import typed
 from attnsurgeon.errors import BadFile, HostUnusable
 from attnsurgeon.gate import CentredGate, Gate, gate_numbers, named_gates
+from attnsurgeon.noted import Noted
 from attnsurgeon.surgery import cuts_of
 
 
-class Ungated(nn.Module):
+class Ungated(Noted):
     """Stands where a gate stood at 1: lets the map through, and has no number."""
+
+    form = "mix, stripped"
 
     def forward(self, attention: Tensor, features: Tensor) -> Tensor:
         """Return the map in the dtype of the features it will multiply."""
@@ -27,6 +30,8 @@ class Ungated(nn.Module):
 
 class UngatedTwice(Ungated):
     """Stands where a gate of the form `centred` stood at 1: lets twice the map through."""
+
+    form = "centred, stripped"
 
     def forward(self, attention: Tensor, features: Tensor) -> Tensor:
         """Return twice the map in the dtype of the features it will multiply."""

@@ -29,6 +29,7 @@ class Arm:
         per_channel: one number of the gate for each channel.
         gain: what the last layer's start is multiplied by.
         rate: of gates and attention, over the host's.
+        gate_rate: of the gates, where it is another.
         warm_up: steps with the host frozen at first.
         anneal: steps in which the gates are led to 1.
         control: only these may learn of the attention, whose map is the same for all images.
@@ -42,6 +43,7 @@ class Arm:
     per_channel: bool = False
     gain: float = 1.0
     rate: float = 10.0
+    gate_rate: float | None = None
     warm_up: int = 0
     anneal: int = 0
     control: str = ""
@@ -58,29 +60,37 @@ def _first() -> Iterator[Arm]:
 
 
 def _second() -> Iterator[Arm]:
+    mix, centred = Arm("se mix"), Arm("se centred", gate="centred")
+    layer = Arm("se layer", gate="layer")
     for block in ("se", "cbam"):
-        for gate in ("centred", "layer"):
-            yield Arm(f"{block} {gate}", block=block, gate=gate)
-    mix, centred, layer = Arm("se mix"), Arm("se centred", gate="centred"), Arm("", gate="layer")
-    for arm in (mix, centred):
-        yield replace(arm, name=f"{arm.name}, per channel", per_channel=True)
-    yield replace(mix, name="se mix, start x10", gain=10)
-    yield replace(centred, name="se centred, start x3", gain=3)
-    yield replace(centred, name="se centred, start x10", gain=10)
-    yield replace(mix, name="se mix, annealed to 1", anneal=120)
-    for arm in (mix, replace(layer, name="se layer")):
-        yield replace(arm, name=f"{arm.name}, rate x1", rate=1)
-        yield replace(arm, name=f"{arm.name}, rate x100", rate=100)
-        yield replace(arm, name=f"{arm.name}, warm-up", warm_up=40)
-    for block, gate in (("cbam", "mix"), ("sk", "mix"), *((b, g) for b in _ADDED for g in _ZEROS)):
-        yield Arm(f"{block} {gate}, rate x1", block=block, gate=gate, rate=1)
-    yield Arm("cbam layer, rate x1", block="cbam", gate="layer", rate=1)
-    yield Arm("only rescales, one number, rate x1", control="openness", rate=1)
-    yield Arm("only rescales, per channel, rate x1", gate="layer", control="bias", rate=1)
-    yield Arm("only rescales, per channel, rate x100", gate="layer", control="bias", rate=100)
+        for form in (centred, layer):
+            yield replace(form, name=f"{block} {form.gate}", block=block)
+    for form in (mix, centred):
+        yield replace(form, name=f"{form.name}, per channel", per_channel=True)
+        for gain in (3, 10):  # `layer` starts at zero, whatever that is multiplied by
+            yield replace(form, name=f"{form.name}, start x{gain}", gain=gain)
+        yield replace(form, name=f"{form.name}, annealed to 1", anneal=120)
+    for form in (mix, centred, layer):
+        for rate in (1, 100):
+            yield replace(form, name=f"{form.name}, rate x{rate}", rate=rate)
+        yield replace(form, name=f"{form.name}, warm-up", warm_up=40)
+    yield replace(mix, name="se mix, gates x10, layers x1", rate=1, gate_rate=10)
+    yield replace(mix, name="se mix, gates x1, layers x10", rate=10, gate_rate=1)
+    for gate in ("mix", "centred", "layer"):
+        yield Arm(f"cbam {gate}, rate x1", block="cbam", gate=gate, rate=1)
+    yield Arm("sk mix, rate x1", block="sk", rate=1)
+    for gate in _ZEROS:
+        yield Arm(f"gc {gate}, rate x1", block="gc", gate=gate, rate=1)
+    for gate in _ZEROS:
+        yield Arm(f"nonlocal {gate}", block="nonlocal", gate=gate)
+        yield Arm(f"nonlocal {gate}, rate x1", block="nonlocal", gate=gate, rate=1)
+    for rate in (1, 100):
+        yield Arm(f"only rescales, one number, rate x{rate}", control="openness", rate=rate)
+        yield Arm(
+            f"only rescales, per channel, rate x{rate}", gate="layer", control="bias", rate=rate
+        )
 
 
-_ADDED = ("gc", "nonlocal")
 _ZEROS = ("mix", "layer")
 """Of what is added, `layer` is the zero start that its paper publishes."""
 ARMS = (*_first(), *_second())

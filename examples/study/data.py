@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -66,7 +68,11 @@ class Domain:
         out = torch.where(flipped, 1 - out, out)
         noise = torch.randn(out.shape, generator=generator)
         out = out + self.noise * draw(1, 1, 1) * noise
-        return ((out - MEAN) / DEVIATION).expand(-1, 3, -1, -1).contiguous()
+        return (
+            ((out - MEAN) / DEVIATION)
+            .expand(-1, 3, -1, -1)
+            .contiguous(memory_format=torch.channels_last)
+        )
 
 
 CLEAN = Domain(turn=10, shift=0.1, noise=0.2, hidden=0, inverted=0.0)
@@ -75,7 +81,7 @@ HARD = Domain(turn=20, shift=0.2, noise=0.6, hidden=7, inverted=0.25)
 """What it is fine-tuned and tested on: another domain."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Data:
     """Images (N, 1, 8, 8) and labels of the host's training, of fine-tuning, and held-out ones."""
 
@@ -84,6 +90,7 @@ class Data:
     held_out: tuple[Tensor, Tensor]
 
 
+@functools.cache
 def load() -> Data:
     """Return the three parts; the held-out images are changed already, to inputs of a network."""
     found = load_digits()
@@ -100,3 +107,15 @@ def load() -> Data:
         (images[share], labels[share]),
         (copies, labels[held].repeat(DRAWS)),
     )
+
+
+@functools.lru_cache(maxsize=1)
+def lessons(data: Data, seed: int, steps: int, batch: int) -> Sequence[tuple[Tensor, Tensor]]:
+    """Return the batches of fine-tuning, drawn once for all arms of a seed."""
+    images, labels = data.share
+    generator = torch.Generator().manual_seed(1000 + seed)
+    drawn = []
+    for _ in range(steps):
+        chosen = torch.randint(len(labels), (batch,), generator=generator)
+        drawn.append((HARD.change(images[chosen], generator), labels[chosen]))
+    return drawn

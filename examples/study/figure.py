@@ -19,8 +19,7 @@ COLOURS = {
 }
 """Of the first word of an arm; told apart by the colour-blind too."""
 
-
-BLOCKS = (("se", "cbam"), ("sk", "gc"))
+BLOCKS = ("se", "cbam", "sk", "gc")
 BESIDE = ("plain", "only rescales, per channel")
 """Drawn in every panel, beside the arms of its block."""
 
@@ -28,18 +27,17 @@ BESIDE = ("plain", "only rescales, per channel")
 def draw(results: dict[str, Any], path: Path) -> None:
     """Write one picture, .svg or .png; the same results give the same bytes."""
     with mpl.rc_context({"svg.hashsalt": "study", "svg.fonttype": "none", "font.size": 9}):
-        figure = Figure(figsize=(11, 7), layout="constrained")
-        panels = figure.subplot_mosaic(
-            [[*row, "ends"] for row in BLOCKS], width_ratios=[1, 1, 1.15]
-        )
-        for block in (block for row in BLOCKS for block in row):
-            _curves(panels[block], results, block)
-        _ends(panels["ends"], results)
-        figure.suptitle(
-            f"held-out images read rightly, % ({results['seeds']} seeds, 95 % intervals)",
-            x=0.01,
-            ha="left",
-        )
+        figure: Any = Figure(figsize=(11, 9), layout="constrained")
+        above, below = figure.subfigures(2, 1, height_ratios=[1, 1.75])
+        curves = above.subplots(1, len(BLOCKS), sharey=True)
+        for axes, block in zip(curves, BLOCKS, strict=True):
+            _curves(axes, results, block)
+        curves[0].set_ylabel(f"read rightly, % ({results['seeds']} seeds, 95 % intervals)")
+        rows = [row for row in results["arms"] if row["arm"] != "plain"]
+        half = -(-len(rows) // 2)
+        ends = below.subplots(1, 2, sharex=True)
+        for axes, share in zip(ends, (rows[:half], rows[half:]), strict=True):
+            _ends(axes, share, half)
         metadata = {"Date": None} if path.suffix == ".svg" else {}
         figure.savefig(path, metadata=metadata)
 
@@ -63,18 +61,18 @@ def _curves(axes: Any, results: dict[str, Any], block: str) -> None:
         axes.fill_between(steps, low, high, color=_colour(name), alpha=0.1, linewidth=0)
     axes.set_xlabel("steps of fine-tuning")
     axes.set_ylim(5, 75)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    axes.legend(frameon=False, fontsize=7.5, loc="lower right")
     axes.grid(alpha=0.25)
 
 
-def _ends(axes: Any, results: dict[str, Any]) -> None:
-    """Draw both halves: the end against plain fine-tuning, seed by seed, with its interval."""
-    rows = [row for row in results["arms"] if row["arm"] != "plain"][::-1]
-    for i, row in enumerate(rows):
+def _ends(axes: Any, rows: list[dict[str, Any]], places: int) -> None:
+    """Draw the end of some arms against plain fine-tuning, seed by seed, with its interval."""
+    for place, row in enumerate(rows):
         mean, half = (100 * number for number in row["against_plain"])
         colour = _colour(row["arm"])
-        axes.errorbar(mean, i, xerr=half, fmt="o", color=colour, markersize=4, capsize=2)
+        axes.errorbar(mean, place, xerr=half, fmt="o", color=colour, markersize=4, capsize=2)
     axes.axvline(0, color=COLOURS["plain"], linewidth=1)
-    axes.set_yticks(range(len(rows)), [row["arm"] for row in rows], fontsize=7.5)
+    axes.set_yticks(range(len(rows)), [row["arm"] for row in rows], fontsize=8)
+    axes.set_ylim(places - 0.4, -0.6)
     axes.set_xlabel("points against plain fine-tuning at the end")
     axes.grid(axis="x", alpha=0.25)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from scipy.stats import t
@@ -15,6 +15,7 @@ from examples.study.arms import Arm
 from examples.study.run import MEASURED
 
 LEVEL = 0.95
+PLAIN, REST = "against_plain", "against_control"
 CONTROL = "only rescales, "
 """Beginning of the names of the arms whose attention is the same for every image."""
 
@@ -49,8 +50,7 @@ def summarise(runs: Sequence[dict[str, Any]], arms: Sequence[Arm]) -> dict[str, 
                 "arm": arm.name,
                 "half": arm.half,
                 "accuracy": [
-                    interval([curve[i] for curve in curves[arm.name].values()])
-                    for i in range(len(MEASURED))
+                    interval(list(read)) for read in zip(*curves[arm.name].values(), strict=True)
                 ],
                 "against_plain": _paired(curves[arm.name], curves["plain"]),
                 "against_control": control and _paired(curves[arm.name], curves[control]),
@@ -77,8 +77,54 @@ def text(results: dict[str, Any]) -> str:
     return (
         f"{told}. In bold what its interval tells apart from 0.\n\n{table(results, 1)}\n"
         "<details><summary>How the gate should open: forms, starts, rates, schedules</summary>\n\n"
-        f"{table(results, 2)}\n</details>\n"
+        f"{table(results, 2)}\n</details>\n\n{findings(results)}"
     )
+
+
+def findings(results: dict[str, Any]) -> str:
+    """Return in words which differences the intervals tell apart, as a list of Markdown."""
+    rows = [row for row in results["arms"] if row["arm"] != "plain"]
+    starts = {row["arm"]: 100 * row["accuracy"][0][0] for row in results["arms"]}
+    bare = [start for name, start in starts.items() if name.endswith("without gates")]
+    gated = [starts[row["arm"]] for row in rows if not row["arm"].endswith("without gates")]
+    lines = [
+        f"Ended above plain fine-tuning by more than the interval: {_told(rows, PLAIN, 1)}.",
+        f"Ended below it by more than the interval: {_told(rows, PLAIN, -1)}.",
+    ]
+    if results["control"]:
+        lines.append(f"Above the control that only rescales: {_told(rows, REST, 1)}.")
+    if bare and gated:
+        lines.append(
+            f"The plain network starts at {starts['plain']:.1f} %, those with gates at "
+            f"{_range(gated)} %, those without at {_range(bare)} %."
+        )
+    if results.get("varies"):
+        lines.append(
+            f"From image to image the maps of `{results['shown']}` differ by "
+            f"{_range([100 * number for number in results['varies']])} % of their size."
+        )
+    chance = (1 - results["level"]) * len(rows)
+    lines.append(
+        f"Of {len(rows)} differences at {100 * results['level']:.0f} %, {chance:.1f} are expected "
+        "to be told apart by chance alone."
+    )
+    return "".join(f"- {line}\n" for line in lines)
+
+
+def apart(row: dict[str, Any], against: str, sign: int) -> bool:
+    """Tell whether an arm's difference has this sign, and its interval leaves 0 out."""
+    mean, half = row[against]
+    return bool(sign * mean > half)
+
+
+def _told(rows: Iterable[dict[str, Any]], against: str, sign: int) -> str:
+    found = [f"{row['arm']} ({_points(row[against])})" for row in rows if apart(row, against, sign)]
+    return "; ".join(found).replace("**", "") or "none"
+
+
+def _range(values: Sequence[float]) -> str:
+    low, high = (f"{bound:.1f}" for bound in (min(values), max(values)))
+    return low if low == high else f"{low} to {high}"
 
 
 def table(results: dict[str, Any], half: int) -> str:
