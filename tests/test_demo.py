@@ -49,6 +49,7 @@ def test_the_demo(tmp_path, monkeypatch, run, short_bench):
     assert told["accuracy"]["before"] == told["accuracy"]["after"] >= 0.98
     assert told["insertion"]["identity"]["exact"]
     assert [c["engine"] for c in told["comparisons"]] == ["eager", "onnxruntime"]
+    assert told["comparisons"][1]["target"].endswith("digits_cbam.onnx")  # not exported again
     folder = tmp_path / "attnsurgeon-demo"
     names = {"digits_cbam.safetensors", "digits_cbam.onnx", "digits_cbam.pt", "bench.json"}
     names.add("digits_cbam_trained.safetensors")
@@ -72,6 +73,23 @@ def hold_to_the_lesson(lesson, folder):
         right = trained(noisy + lesson["noise"] * torch.randn_like(noisy)).argmax(1)
     after = (right == labels[lesson["images"] :]).double().mean().item()
     assert after == pytest.approx(lesson["accuracy"]["after"])
+
+
+def test_it_computes_on_one_thread_and_gives_the_others_back(tmp_path, monkeypatch):
+    seen = []
+
+    def stop(*_):
+        seen.append(torch.get_num_threads())
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(demo, "run_insert", stop)
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            demo.run_demo(tmp_path / "new")
+        assert (seen, torch.get_num_threads()) == ([1], 2)
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_the_demo_writes_over_nothing(tmp_path, run, short_bench):

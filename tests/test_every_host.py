@@ -10,19 +10,17 @@ from torchvision.models.video import mvit
 from attnsurgeon import blocks, survey
 from attnsurgeon.borrow import borrowed_buffers
 from attnsurgeon.example import as_inputs
-from attnsurgeon.gate import named_gates
+from attnsurgeon.gate import Gate, named_gates
 from attnsurgeon.host import DIGITS, host_names, load_host, load_outline
 from attnsurgeon.liveness import _weighted_sum
 from attnsurgeon.plan import Plan, make_plan
 from attnsurgeon.probes import arguments_in, probe_inputs, small_resizes
 from attnsurgeon.sites import find_sites
 from attnsurgeon.surgery import apply_plan, attention_paths, is_new_key, remove_attention
-from attnsurgeon.verify import compare, record
+from attnsurgeon.verify import Verdict, compare, record
 
 ROWS = survey.shipped_rows()
 NAMES = sorted(set(host_names()) - {DIGITS})
-
-
 LARGE = sorted(NAMES, key=lambda name: ROWS[name].parameters)[-6:]
 """The six largest are left to `pytest -m large` and to tests/benchmarks/every_host.py."""
 WANTED = (("se", "post"), ("se", "standard"), ("gc", "standard"))
@@ -44,8 +42,6 @@ SMALLER = {
     r"retinanet|fcos": {"detections_per_img": 5, "score_thresh": 0.0},
 }
 """Without thresholds, so that an untrained detector finds boxes, which can then be compared."""
-
-
 CLIP = (1, 3, 8, 64, 64)
 """What a network takes that is built for one size of clip."""
 
@@ -205,6 +201,42 @@ def operate_everywhere(name):
     bare = remove_attention(model)
     assert list(bare.state_dict()) == list(state)
     assert [type(module) for module in bare.modules()] == classes
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda gate, attention, x: 1.001 + 0 * gate.openness * attention,  # another output
+        lambda gate, attention, x: torch.ones_like(attention),  # a gate without a gradient
+    ],
+)
+def test_the_operation_has_teeth(answer, monkeypatch):
+    monkeypatch.setattr(Gate, "forward", answer)
+    with pytest.raises(AssertionError):
+        operate_everywhere("squeezenet1_1")
+
+
+def test_a_changed_weight_is_caught(monkeypatch):
+    operate = apply_plan
+
+    def careless(model, plan):
+        operate(model, plan)
+        with torch.no_grad():
+            model.features[0].bias[0] = -model.features[0].bias[0]
+
+    monkeypatch.setattr(f"{__name__}.compare", lambda before, model: Verdict(True, ()))
+    operate_everywhere("squeezenet1_1")
+    monkeypatch.setattr(f"{__name__}.apply_plan", careless)
+    with pytest.raises(AssertionError):
+        operate_everywhere("squeezenet1_1")
+
+
+def test_one_probe_is_the_first_of_several():
+    model = load_host("digits")
+    example = as_inputs(model, None)
+    (only,), several = probe_inputs(model, example, most=1), probe_inputs(model, example)
+    assert len(several) == 2
+    assert torch.equal(only[0], several[0][0])
 
 
 @pytest.mark.parametrize("name", ["ssdlite320_mobilenet_v3_large", "swin_t"])

@@ -13,7 +13,7 @@ from attnsurgeon.bench import targets
 from attnsurgeon.bench.engines import onnx_runtime
 from attnsurgeon.bench.engines.engine import Place
 from attnsurgeon.errors import BadFile, ExportDiffers, OutputRefused
-from attnsurgeon.export import onnx_file, verify_export
+from attnsurgeon.export import onnx_data, onnx_file, verify_export
 from attnsurgeon.export.onnx import Onnx
 from attnsurgeon.export.onnx_file import read_file
 from tests import exports
@@ -82,7 +82,7 @@ def test_the_bench_opens_their_gates(operated, written, tmp_path):
 
 
 def test_gates_of_any_size_stay_in_the_first(operated, tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_file, "SMALL_BYTES", 3)
+    monkeypatch.setattr(onnx_data, "SMALL_BYTES", 3)
     attnsurgeon.export_model(operated, tmp_path / "x.onnx", **SOON)
     told = onnx.load(tmp_path / "x.onnx", load_external_data=False).graph.initializer
     inside = {t.name for t in told if t.data_location != onnx.TensorProto.EXTERNAL}
@@ -121,13 +121,28 @@ def test_neither_replaces_another_unasked(operated, tmp_path):
 
 @pytest.mark.parametrize("keep", [False, True])
 def test_both_are_rejected(operated, tmp_path, monkeypatch, keep):
-    write = onnx_file._write_data
+    """Kept, the first finds the second under its new name, and none that lies there already."""
+    write = onnx_data.write_data
     monkeypatch.setattr(
         onnx_file,
-        "_write_data",
+        "write_data",
         lambda path, outside, tensors: write(path, reversed(list(outside)), tensors),
     )
     with pytest.raises(ExportDiffers):
         attnsurgeon.export_model(operated, tmp_path / "x.onnx", keep_rejected=keep, **SOON)
     both = ["x.onnx.data.rejected", "x.onnx.rejected"]
     assert names(tmp_path) == (both if keep else [])
+    if keep:
+        loaded = onnx.load(tmp_path / "x.onnx.rejected").graph.initializer
+        assert len(next(t for t in loaded if t.name == "head.weight").raw_data) == 16 * 10 * 4
+        Onnx().open(tmp_path / "x.onnx.rejected")
+        (tmp_path / "x.onnx.data.rejected").unlink()
+        with pytest.raises(BadFile, match=r"x\.onnx\.data\.rejected"):
+            Onnx().open(tmp_path / "x.onnx.rejected")
+
+
+def test_a_rejected_file_that_is_none(tmp_path):
+    for name in ("x.onnx", "x.onnx.data"):
+        (tmp_path / name).write_bytes(b"\xff no message")
+    Onnx().refer(tmp_path / "x.onnx", ".rejected")
+    assert (tmp_path / "x.onnx").read_bytes() == b"\xff no message"

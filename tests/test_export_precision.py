@@ -201,8 +201,59 @@ class TestEightBits:
 
     def test_verified_later(self, operated, eight, pictures):
         found = attnsurgeon.export.verify_export(eight[0], operated, pictures)
-        assert {check.gates for check in found.checks} == {"images"}
+        assert [c.gates for c in found.checks] == ["closed"] * 3 + ["open"] * 3 + ["images"] * 6
         assert len(found.images) == 6
+        assert found.notices == ()
+
+    def test_verified_later_without_images(self, operated, eight):
+        """Noise is nothing that the steps of its maps were made for: they are left out."""
+        found = attnsurgeon.export.verify_export(eight[0], operated)
+        assert [check.gates for check in found.checks] == ["closed"] * 3 + ["open"] * 3
+        assert "was not compared" in found.notices[0]
+        assert max(check.max_rel for check in found.checks) < 0.05
+
+    def test_given_gates_leave_the_maps_unrounded(self, operated, eight):
+        """Those of bright noise lie far outside the steps that were made for the images."""
+        own = {name: gate.detach() for name, gate in attnsurgeon.gates(operated).items()}
+        image = torch.randn(1, 3, 32, 32) * 20
+        with torch.no_grad():
+            want = operated(image)
+        found = [format_for("x.onnx").open(eight[0], gates)((image,))[0] for gates in (None, own)]
+        rounded, exact = ((out - want).abs().max() / want.abs().max() for out in found)
+        assert exact < 0.05 < 0.3 < rounded
+
+    def test_clamps_that_were_quantized_away_come_back(self, pictures, tmp_path):
+        class Clamped(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)
+
+            def forward(self, x):
+                return self.second(self.first(x).clamp(0, 0.25)).relu().mean((2, 3))
+
+        torch.manual_seed(0)
+        model, path = Clamped().eval(), tmp_path / "x.onnx"
+        attnsurgeon.export_model(
+            model, path, example=exports.EXAMPLE, precision="int8", images=pictures, static=True
+        )
+        image = torch.randn(1, 3, 32, 32) * 9
+        found = format_for(path).open(path, {})((image,))[0]
+        with torch.no_grad():
+            torch.testing.assert_close(found, model(image), rtol=0.05, atol=0.01)
+
+
+def stretch_the_filters(graph):
+    for tensor in graph.initializer:
+        if tensor.name == "stem.weight_scale":
+            array = numpy_helper.to_array(tensor) * numpy.float32(2)
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
+
+
+def saturate_attention(graph):
+    for tensor in graph.initializer:
+        if tensor.name.endswith("excite.weight_scale"):
+            array = numpy_helper.to_array(tensor) * numpy.float32(1000)
+            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
 
 
 class TestWrongAnswersAreCaught:
@@ -231,11 +282,22 @@ class TestWrongAnswersAreCaught:
             )
         assert list(tmp_path.iterdir()) == []
 
+    @pytest.mark.parametrize(
+        ("edit", "says"),
+        [(stretch_the_filters, "gates closed"), (saturate_attention, "gates open")],
+    )
+    def test_in_eight_bits_later(self, operated, eight, tmp_path, edit, says):
+        path = tmp_path / "x.onnx"
+        path.write_bytes(eight[0].read_bytes())
+        edit_onnx(path, edit)
+        with pytest.raises(ExportDiffers, match=says):
+            attnsurgeon.export.verify_export(path, operated)
+
     def test_after_it_was_quantized(self, operated, eight, pictures, tmp_path):
         path = tmp_path / "x.onnx"
         path.write_bytes(eight[0].read_bytes())
         edit_onnx(path, stretch_the_filters)
-        with pytest.raises(ExportDiffers, match="gates images"):
+        with pytest.raises(ExportDiffers, match="gates (closed|images)"):
             attnsurgeon.export.verify_export(path, operated, pictures)
 
     def test_after_it_was_quantized_with_gates_open(
@@ -264,13 +326,6 @@ class TestWrongAnswersAreCaught:
         ):
             attnsurgeon.export_model(large, tmp_path / "x.pt", precision="fp16")
         assert attnsurgeon.export_model(large, tmp_path / "x.pt", precision="bf16").checks
-
-
-def stretch_the_filters(graph):
-    for tensor in graph.initializer:
-        if tensor.name == "stem.weight_scale":
-            array = numpy_helper.to_array(tensor) * numpy.float32(2)
-            tensor.CopyFrom(numpy_helper.from_array(array, tensor.name))
 
 
 class TestRefused:

@@ -65,4 +65,6 @@ def _against(file: Path, model: str, images: Path | None, host: str | None, as_j
     opened = open_target(model, host=host)
     tell(f"checking {file}")
     found = verify_export(file, opened.model, images)
+    for notice in found.notices:
+        tell(notice)
     say_json(found.to_json()) if as_json else say(show_agreement(found))

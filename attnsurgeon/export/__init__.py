@@ -11,7 +11,7 @@ import os
 import pkgutil
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from attnsurgeon.arguments import typed
 from attnsurgeon.card import HostCard, card_of
 from attnsurgeon.errors import BadOption, ExportDiffers
 from attnsurgeon.export.against import Agreement, verify_export
+from attnsurgeon.export.axes import fixed_by_network
+from attnsurgeon.export.axes import told as told_fixed
 from attnsurgeon.export.format import Settings, format_for, formats
 from attnsurgeon.export.fresh import ready_process
 from attnsurgeon.export.images import Photographs
-from attnsurgeon.export.inputs import Inputs, example_inputs, resized, size_of, trials
+from attnsurgeon.export.inputs import AXES, Inputs, example_inputs, resized, size_of, trials
 from attnsurgeon.export.onnx_int8 import Int8Draft
 from attnsurgeon.export.precision import HALVES, Precision, lowered, precision_of
 from attnsurgeon.export.proof import Check, gate_values
@@ -40,6 +42,8 @@ __all__ = ["Agreement", "Artifact", "Check", "export_model", "export_suffixes", 
 for _module in pkgutil.iter_modules(__path__):
     importlib.import_module(f"{__name__}.{_module.name}")
 
+_REJECTED = ".rejected"
+
 
 @dataclass(frozen=True)
 class Artifact:
@@ -50,7 +54,7 @@ class Artifact:
         format: onnx, torchscript, torch.export, aotinductor or python.
         bytes: its size, with that of a second file where the weights need one.
         opset: of an ONNX file.
-        dynamic: whether batch, height and width are free.
+        fixed: which of batch, height and width are not free.
         checks: every comparison with the model, from disk.
         notices: what the user should know once.
         precision: that was asked for, or None: the model's own.
@@ -60,10 +64,15 @@ class Artifact:
     format: str
     bytes: int
     opset: int | None
-    dynamic: bool
+    fixed: tuple[str, ...]
     checks: tuple[Check, ...]
     notices: tuple[str, ...] = ()
     precision: Precision | None = None
+
+    @property
+    def dynamic(self) -> bool:
+        """Tell whether batch, height and width are free."""
+        return not self.fixed
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values; a precision that was asked for, and what it allows, as well."""
@@ -160,18 +169,20 @@ def export_model(
     chosen = precision_of(model, precision)
     inputs = example_inputs(model, example, input_size)
     photographs = _photographs(settings, model, inputs)
-    told: tuple[str, ...] = ()
+    batches = trials(model, inputs, AXES if static else ())
+    fixed = {} if static else fixed_by_network(model, batches)
+    settings = replace(settings, fixed=frozenset(fixed))
+    told: tuple[str, ...] = (told_fixed(model, fixed, inputs),) if fixed else ()
     if strip:
         model, stripped = strip_decided(model, inputs)
-        told = (stripped,)
+        told = (*told, stripped)
     metadata = {**_metadata(model, inputs), "precision": chosen.name}
     meanwhile = ready_process(kind.needs) if kind.needs else nullcontext()
     with meanwhile, atomic_output(output, force=force) as part:
         progress(f"translating to {kind.name}")
-        pair = resized(inputs, 1 if static else 2, size_of(inputs))  # 1 would be a constant
+        pair = resized(inputs, 2 if "batch" in settings.free else 1, size_of(inputs))
         cast = lowered(model, chosen, pair) if chosen.name in HALVES and precision else None
         draft = kind.draft(cast or model, chosen.cast(pair), settings, metadata)
-        batches = trials(model, inputs, static=static)
         gates = chosen.cast_gates(gate_values(model))
         notices = (*told, *draft.notices)
         try:
@@ -195,13 +206,14 @@ def export_model(
         except ExportDiffers as error:
             if not keep_rejected:
                 raise
+            kind.refer(part, _REJECTED)
             raise _kept(error, part, output) from error
     return Artifact(
         output=str(output),
         format=name,
         bytes=size,
         opset=proof.opset,
-        dynamic=not static,
+        fixed=tuple(axis for axis in AXES if axis not in settings.free),
         checks=proof.checks,
         notices=(*notices, *proof.notices),
         precision=chosen if precision else None,
@@ -210,9 +222,9 @@ def export_model(
 
 def _kept(error: ExportDiffers, part: Path, output: str | os.PathLike[str]) -> ExportDiffers:
     """Keep what differs under other names, and return the error that says so."""
-    rejected = f"{os.fspath(output)}.rejected"
-    for file in part.parent.iterdir():
-        file.replace(Path(output).with_name(f"{file.name}.rejected"))
+    rejected = f"{os.fspath(output)}{_REJECTED}"
+    for file in list(part.parent.iterdir()):
+        file.replace(Path(output).with_name(f"{file.name}{_REJECTED}"))
     return ExportDiffers(str(error).replace("nothing was kept", f"it was kept as {rejected!r}"))
 
 

@@ -16,15 +16,21 @@ from attnsurgeon.export.format import Opened, format_for
 from attnsurgeon.export.images import image_files, read_images
 from attnsurgeon.export.inputs import example_inputs, size_of, tensors_of, trials
 from attnsurgeon.export.lending import lent_to, steady
-from attnsurgeon.export.opening import open_gates
+from attnsurgeon.export.opening import opening_for
 from attnsurgeon.export.precision import (
     HALVES,
     PRECISIONS,
+    UNROUNDED,
     Precision,
     lowered,
     precision_of,
 )
 from attnsurgeon.export.proof import Check, check_file, gate_values, run_with_gates
+
+_UNSEEN = (
+    "what eight bits make of the maps of {} was not compared: noise is not what it was calibrated "
+    "for; give --images DIR"
+)
 
 
 @dataclass(frozen=True)
@@ -36,12 +42,14 @@ class Agreement:
         format: its format.
         checks: every comparison; all passed.
         images: path of an image -> the class that both see in it; empty where none were given.
+        notices: what was not compared.
     """
 
     file: str
     format: str
     checks: tuple[Check, ...]
     images: Mapping[str, str]
+    notices: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return plain values."""
@@ -57,6 +65,10 @@ def verify_export(
     path: str | os.PathLike[str], model: nn.Module, images: str | os.PathLike[str] | None = None
 ) -> Agreement:
     """Compare a file with a model again: random inputs, gates opened, and images of a folder.
+
+    An int8 file was calibrated for images, and with its gates as they are. On random inputs and
+    with other gates it is compared with its maps unrounded: its weights and its wiring. What eight
+    bits make of the maps is compared on the images.
 
     Args:
         path: a file of export_model.
@@ -74,24 +86,27 @@ def verify_export(
         raise BadFile(f"there is no file {str(file)!r}")
     opened = kind.open(file)
     inputs = example_inputs(model, None, None)
-    batches = trials(model, inputs, static=bool(opened.fixed_axes))
+    fixed = {axis.rpartition(".")[2] for axis in opened.fixed_axes}
+    batches = trials(model, inputs, fixed)
     own = gate_values(model)
     label = "open" if any(bool(value.any()) for value in own.values()) else "closed"
     precision = _precision_of(opened, file)
-    if precision.name == "int8" and images is not None:
-        batches = []  # the photographs show what it was calibrated for; noise is something else
+    is_int8 = precision.name == "int8"
+    is_unrounded = is_int8 and kind.has_gates(file, own)
+    near = UNROUNDED if is_unrounded else precision
     with lent_to(model, batches, lambda own: opened.holds(precision.cast_gates(own))) as lent:
-        run = kind.open(file, precision.cast_gates(lent)).run if lent else opened.run
+        is_changed = bool(lent) or is_unrounded
+        run = kind.open(file, precision.cast_gates(lent)).run if is_changed else opened.run
         drawn = [steady(model, own, batch) for batch in batches]
-        checks = check_file(run, model, own, label, drawn, precision)
+        checks = check_file(run, model, own, label, drawn, near)
         if own and kind.has_gates(file, own):
             smallest = min(batches, key=lambda b: tensors_of(b)[0].numel())
             is_own = precision.name not in HALVES or precision_of(model, None) == precision
             cast = None if is_own else lowered(model, precision, inputs)  # with what is lent
-            values = open_gates(model, smallest, precision, cast).values
+            values = opening_for(model, smallest, precision, cast).values
             run = kind.open(file, precision.cast_gates({**values, **lent})).run
             drawn = [steady(model, values, batch) for batch in batches]
-            checks += check_file(run, model, values, "open", drawn, precision)
+            checks += check_file(run, model, values, "open", drawn, near)
     seen: dict[str, str] = {}
     if images is not None:
         if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or inputs[0].shape[1] != 3:
@@ -117,7 +132,8 @@ def verify_export(
             f"with gates {worst.gates}, batch {worst.batch}: max_rel {worst.max_rel:.2g}, top-1 "
             f"same for {100 * worst.top1_agreement:.0f} %"
         )
-    return Agreement(str(file), kind.name_of(file), tuple(checks), seen)
+    unseen = (_UNSEEN.format(file.name),) if is_int8 and images is None else ()
+    return Agreement(str(file), kind.name_of(file), tuple(checks), seen, unseen)
 
 
 def _precision_of(opened: Opened, file: Path) -> Precision:

@@ -104,7 +104,8 @@ def compile_program(
     notes = {**metadata, **_signature(program, gates)}
     package = io.BytesIO()  # by name, only one that ends in .pt2 is taken
     try:
-        pick_vec_isa()  # compiles to find out, and remembers that in the cache of the machine
+        with logs_held_back():  # this compiles, and remembers in the cache of the machine
+            pick_vec_isa()
         # Without a cache of its own, a copy of all weights stayed behind in that one as well.
         with (
             tempfile.TemporaryDirectory(prefix="attnsurgeon-") as folder,

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from attnsurgeon.errors import ExportRefused, UnknownName
-from attnsurgeon.export.inputs import Inputs
+from attnsurgeon.export.inputs import AXES, Inputs
 from attnsurgeon.registry import Registry
 
 Runner = Callable[[Inputs], list[Tensor]]
@@ -52,7 +52,10 @@ Reader = Callable[[Path, "Mapping[str, Tensor] | None"], Opened]
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user may choose; a format that has no such choice refuses it."""
+    """What the user may choose; a format that has no such choice refuses it.
+
+    `fixed` is no choice: the axes of which the network takes no other size.
+    """
 
     opset: int | None = None
     dynamic: bool = True
@@ -62,6 +65,12 @@ class Settings:
     images: Path | None = None
     strip: bool = False
     compile: bool = False
+    fixed: frozenset[str] = frozenset()
+
+    @property
+    def free(self) -> tuple[str, ...]:
+        """Return the image axes that stay free."""
+        return tuple(axis for axis in AXES if self.dynamic and axis not in self.fixed)
 
 
 def refuse_onnx_settings(settings: Settings, suffix: str) -> None:
@@ -155,6 +164,9 @@ class Format(ABC):
     def has_gates(self, path: Path, gates: Collection[str]) -> bool:
         """Tell whether these gates of a written file can be set when it is opened."""
         return True
+
+    def refer(self, path: Path, suffix: str) -> None:  # noqa: B027 (most refer to none)
+        """Have a file that refers to others beside it do so by their names with a suffix."""
 
 
 formats: Registry[Format] = Registry("export format")

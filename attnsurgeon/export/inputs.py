@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
@@ -9,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attnsurgeon.borrow import borrowed_randomness
-from attnsurgeon.errors import BadOption, HostUnusable
+from attnsurgeon.errors import BadOption, HostUnusable, first_line
 from attnsurgeon.example import as_inputs
-from attnsurgeon.trial import runs_on
+from attnsurgeon.trial import runs_on, why_it_fails
 
 LARGEST_SIDE = 2**14
 """Pixels of an input's side: what is exported is run as well, and has to fit into memory."""
@@ -19,14 +20,15 @@ LARGEST_SIDE = 2**14
 Inputs = tuple[Any, ...]
 """Positional inputs of a forward: tensors, or lists of images as detection networks take them."""
 
+AXES = ("batch", "height", "width")
+"""Of images: what stays free in a file."""
 
-def free_axes(ndim: int) -> dict[int, str]:
+
+def free_axes(ndim: int, free: Collection[str] = AXES) -> dict[int, str]:
     """Return the axes of an input that stay free: of an image batch, a video, a listed image."""
-    named = {3: (1, 2), 4: (0, 2, 3), 5: (0, 3, 4)}
-    if ndim not in named:
-        return {0: "batch"}
-    *first, height, width = named[ndim]
-    return {**dict.fromkeys(first, "batch"), height: "height", width: "width"}
+    named = {3: AXES[1:], 4: AXES, 5: AXES}.get(ndim, AXES[:1])
+    places = {3: (1, 2), 4: (0, 2, 3), 5: (0, 3, 4)}.get(ndim, (0,))
+    return {i: axis for i, axis in zip(places, named, strict=True) if axis in free}
 
 
 def tensors_of(inputs: Inputs) -> list[Tensor]:
@@ -82,33 +84,66 @@ def example_inputs(model: nn.Module, example: Any, size: tuple[int, int] | None)
 
     Raises:
         BadOption: a size out of range.
-        HostUnusable: the network does not run at this size.
+        HostUnusable: the network does not run at this size, or not on a batch of 1.
     """
     if size is not None and not 1 <= min(size) <= max(size) <= LARGEST_SIDE:
         raise BadOption(f"--input-size must be 1 to {LARGEST_SIDE}, not {size[0]},{size[1]}")
     given = as_inputs(model, (example,) if isinstance(example, list) else example)
     inputs = resized(given, 1, size or size_of(given))
     if not runs_on(model, resized(inputs, 2, size_of(inputs))):
-        height, width = size_of(inputs)
-        raise HostUnusable(
-            f"{type(model).__name__} does not run on {height}x{width} images; "
-            "give another --input-size"
-        )
+        error = why_it_fails(model, inputs)
+        if error is not None:
+            raise HostUnusable(_why_not(model, given, inputs, error)) from error
     return inputs
 
 
-def trials(model: nn.Module, inputs: Inputs, *, static: bool) -> list[Inputs]:
+def _why_not(model: nn.Module, given: Inputs, inputs: Inputs, error: BaseException) -> str:
+    """Return what to say of a network that does not run on these inputs: which axis, and why."""
+    (height, width), (own_height, own_width) = size_of(inputs), size_of(given)
+    batch, name = batch_of(given), type(model).__name__
+    if batch > 1 and runs_on(model, resized(given, batch, (height, width))):
+        return (
+            f"{name} takes a batch of {batch} only ({first_line(error)}), and files are checked on "
+            "batches of any size: have its forward take them"
+        )
+    alone = {"height": (height, own_width), "width": (own_height, width)}
+    guilty = [
+        axis
+        for axis, size in alone.items()
+        if size != (own_height, own_width) and not runs_on(model, resized(inputs, 1, size))
+    ]
+    blamed = f", not of this {' and '.join(guilty)}" if guilty else ""
+    return (
+        f"{name} does not run on {height}x{width} images{blamed} ({first_line(error)}); "
+        "give another --input-size"
+    )
+
+
+def trials(model: nn.Module, inputs: Inputs, fixed: Collection[str] = ()) -> list[Inputs]:
     """Return what both sides are run on: the size asked for, then other batches at two other sizes.
 
-    Exactness of another batch does not depend on the size, and a small image is soon done.
+    Exactness of another batch does not depend on the size, and a small image is soon done. Axes of
+    which the network takes no other size, and those that are fixed, stay as they are.
     """
     height, width = size_of(inputs)
     own = [resized(inputs, 1, (height, width))]
-    if static:
+    if set(AXES) <= set(fixed):
         return own
+
+    def kept(batch: int, size: tuple[int, int]) -> Inputs:
+        new = {"batch": batch, "height": size[0], "width": size[1]}
+        held = {"batch": 1, "height": height, "width": width}
+        chosen = {axis: (held if axis in fixed else new)[axis] for axis in AXES}
+        return resized(inputs, chosen["batch"], (chosen["height"], chosen["width"]))
+
     first = [(64, 96), (height + 32, width), (height, width)]
     second = [(96, 64), (height, width + 32), (height, width)]
     return own + [
-        next(trial for size in sizes if runs_on(model, trial := resized(inputs, batch, size)))
+        next(
+            trial
+            for count in (batch, 1)
+            for size in sizes
+            if runs_on(model, trial := kept(count, size))
+        )
         for batch, sizes in ((2, first), (5, second))
     ]

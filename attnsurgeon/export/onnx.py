@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -25,10 +26,13 @@ from attnsurgeon.export.format import (
 from attnsurgeon.export.fresh import FreshProcess
 from attnsurgeon.export.inputs import Inputs, tensors_of
 from attnsurgeon.export.last_norms import last_norms_written_out
+from attnsurgeon.export.onnx_data import DATA, refer_to
+from attnsurgeon.export.onnx_dynamo import logs_held_back
 from attnsurgeon.export.onnx_file import read_file, write_file
 from attnsurgeon.export.onnx_mend import mend
 from attnsurgeon.export.onnx_runtime import newest_ir, newest_opset
 from attnsurgeon.export.onnx_shapes import write_constant_shapes
+from attnsurgeon.export.onnx_unrounded import NOTE, write_unrounded
 from attnsurgeon.export.pools import rewrite_pools
 from attnsurgeon.export.precision import refuse_precision
 from attnsurgeon.gate import named_gates
@@ -205,9 +209,19 @@ class Onnx(Format):
     def open(self, path: Path, gates: Mapping[str, Tensor] | None = None) -> Opened:
         """Check the file and load it in ONNX Runtime, on the CPU and in a process of its own.
 
+        Where gates are given, if none in number, the maps of an int8 file are left unrounded.
+
         Raises:
             BadFile: it is no valid ONNX file, or the installed runtime cannot read it.
         """
+        if gates is None or NOTE not in read_file(path).notes:
+            return self._open(path, gates or {})
+        with tempfile.TemporaryDirectory(prefix="attnsurgeon-") as folder:
+            twin = Path(folder) / path.name
+            write_unrounded(path, twin)
+            return self._open(twin, gates)
+
+    def _open(self, path: Path, gates: Mapping[str, Tensor]) -> Opened:
         import onnx
 
         file = read_file(path)
@@ -215,9 +229,7 @@ class Onnx(Format):
             onnx.checker.check_model(str(path), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
             raise BadFile(f"{path.name} is no ONNX file that can be run: {error}") from error
-        process = FreshProcess(
-            path.name, "open_onnx", str(path.absolute()), file.patches(gates or {})
-        )
+        process = FreshProcess(path.name, "open_onnx", str(path.absolute()), file.patches(gates))
 
         def run(inputs: Inputs) -> list[Tensor]:
             arrays = process([part.detach().cpu().numpy() for part in tensors_of(inputs)])
@@ -232,13 +244,16 @@ class Onnx(Format):
         )
 
     def has_gates(self, path: Path, gates: Collection[str]) -> bool:
-        """Tell whether the file holds these gates by name, and they can be set.
-
-        Of an int8 file they cannot: its maps were calibrated with its gates as they are.
-        """
+        """Tell whether the file holds these gates by name, and they can be set."""
         file = read_file(path)
-        is_calibrated = file.notes.get("precision") == "int8"
-        return not is_calibrated and set(gates) <= file.spots.keys()
+        is_in_reach = file.notes.get("precision") != "int8" or NOTE in file.notes
+        return is_in_reach and set(gates) <= file.spots.keys()
+
+    def refer(self, path: Path, suffix: str) -> None:
+        """Have a file whose weights lie in a second one find it under another name."""
+        second = path.with_name(path.name + DATA)
+        if second.exists():
+            refer_to(path, second.name + suffix)
 
 
 def _translate(model: nn.Module, inputs: Inputs, settings: Settings) -> tuple[Any, tuple[str, ...]]:
@@ -247,19 +262,19 @@ def _translate(model: nn.Module, inputs: Inputs, settings: Settings) -> tuple[An
     Raises:
         ExportRefused: by the exporter asked for, or by both.
     """
-    opset, dynamic = settings.opset, settings.dynamic
+    opset, free = settings.opset, settings.free
     too_old = opset is not None and opset < onnx_dynamo.OLDEST_OPSET
     if settings.exporter == "torchscript" or too_old:
-        made = onnx_traced.translate(model, inputs, dynamic=dynamic, opset=opset)
+        made = onnx_traced.translate(model, inputs, free=free, opset=opset)
         chosen = settings.exporter == "torchscript"
         return made, () if chosen else (_TOO_OLD.format(opset),)
     try:
-        return onnx_dynamo.translate(model, inputs, dynamic=dynamic), ()
+        return onnx_dynamo.translate(model, inputs, free=free), ()
     except ExportRefused as refused:
         if settings.exporter == "dynamo":
             raise
         try:
-            made = onnx_traced.translate(model, inputs, dynamic=dynamic, opset=opset)
+            made = onnx_traced.translate(model, inputs, free=free, opset=opset)
         except ExportRefused as too:
             raise ExportRefused(f"{refused}; {too}") from refused
         return made, (_FELL_BACK.format(refused),)
@@ -268,10 +283,11 @@ def _translate(model: nn.Module, inputs: Inputs, settings: Settings) -> tuple[An
 def _optimize(model: Any, opset: int | None) -> None:
     from onnxscript import optimizer, version_converter
 
-    optimizer.optimize_ir(model)
-    mend(model)
-    if opset is not None and opset != model.opset_imports.get(""):
-        version_converter.convert_version(model, opset, fallback=True)
+    with logs_held_back():  # of what they leave as it is, and which converter they ask
+        optimizer.optimize_ir(model)
+        mend(model)
+        if opset is not None and opset != model.opset_imports.get(""):
+            version_converter.convert_version(model, opset, fallback=True)
 
 
 def _forget_origins(model: Any) -> None:

@@ -6,7 +6,7 @@ import inspect
 import io
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
@@ -25,14 +25,17 @@ from attnsurgeon.gate import named_gates
 OLDEST_OPSET = 18
 """The exporter writes 18 and up."""
 
+_SPECIALIZED = re.compile(r"size\(\)\[(\d+)\] as dynamic but .*? to be a constant \((\d+)\)")
+"""How torch.export says that a free axis came out fixed: which, and to what."""
 
-def translate(model: nn.Module, inputs: Inputs, *, dynamic: bool) -> Any:
+
+def translate(model: nn.Module, inputs: Inputs, *, free: Collection[str]) -> Any:
     """Return the network as an onnx_ir.Model, not optimised yet.
 
     Raises:
         ExportRefused: torch.export cannot take the network, or not with free axes.
     """
-    exported = export_program(model, inputs, dynamic=dynamic)
+    exported = export_program(model, inputs, free=free)
     fold_norms(exported)
     read_early(exported, _gate_paths(model))
     move_terms(exported)
@@ -45,7 +48,7 @@ def translate(model: nn.Module, inputs: Inputs, *, dynamic: bool) -> Any:
             f"{type(model).__name__} cannot be written as ONNX: {reason_of(error)}"
         ) from error
     assert program is not None  # it is only when a file name is given
-    if dynamic:
+    if free:
         _name_axes(program.model)
     return program.model
 
@@ -64,17 +67,19 @@ def input_names(inputs: Inputs) -> list[str]:
 
 
 def export_program(
-    model: nn.Module, inputs: Inputs, *, dynamic: bool
+    model: nn.Module, inputs: Inputs, *, free: Collection[str]
 ) -> torch.export.ExportedProgram:
-    """Return the network in eval mode as torch.export sees it.
+    """Return the network in eval mode as torch.export sees it, with these image axes free.
 
     Raises:
         ExportRefused: it cannot take the network, or not with free axes.
     """
-    free = torch.export.Dim.DYNAMIC  # unlike AUTO, it refuses to come out fixed
+    any_size = torch.export.Dim.DYNAMIC  # unlike AUTO, it refuses to come out fixed
     shapes = tree_map(
         lambda part: (
-            dict.fromkeys(free_axes(part.ndim), free) if isinstance(part, Tensor) else None
+            dict.fromkeys(free_axes(part.ndim, free), any_size)
+            if isinstance(part, Tensor)
+            else None
         ),
         inputs,
     )
@@ -82,12 +87,13 @@ def export_program(
         model.eval()
         try:
             return torch.export.export(
-                model, inputs, dynamic_shapes=_like_signature(model, shapes) if dynamic else None
+                model, inputs, dynamic_shapes=_like_signature(model, shapes) if free else None
             )
         except Exception as error:  # the exporter raises errors of a dozen unrelated classes
-            remedy = "; give --static to fix batch, height and width" if dynamic else ""
+            remedy = "; give --static to fix batch, height and width" if free else ""
+            reason = _fixed_by_code(error, inputs) or reason_of(error)
             raise ExportRefused(
-                f"torch.export cannot take {type(model).__name__}: {reason_of(error)}{remedy}"
+                f"torch.export cannot take {type(model).__name__}: {reason}{remedy}"
             ) from error
 
 
@@ -126,6 +132,14 @@ def _name_axes(model: Any) -> None:
         for i, dim in enumerate(value.shape or ()):
             if isinstance(dim, onnx_ir.SymbolicDim) and dim.value:
                 value.shape[i] = pattern.sub(lambda found: names[found.group()], dim.value)
+
+
+def _fixed_by_code(error: Exception, inputs: Inputs) -> str:
+    """Return which free axes the network's code makes constants of, where that is what was said."""
+    axes = free_axes(max((part.ndim for part in tensors_of(inputs)), default=4))
+    found = {axes.get(int(i), f"axis {i}"): n for i, n in _SPECIALIZED.findall(str(error))}
+    named = " and ".join(f"the {axis} to {n}" for axis, n in found.items())
+    return f"its code fixes {named}" if named else ""
 
 
 def reason_of(error: Exception) -> str:

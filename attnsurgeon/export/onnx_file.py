@@ -4,8 +4,8 @@ An ONNX file is one protobuf message. Made as a whole, its weights stand in memo
 they pass through one at a time. The wire format: a message is a row of fields, each a key (number
 and kind), and, for those of bytes, a length before them. Field numbers are those of onnx.proto.
 
-A message has less than 2 GiB. Where the weights need more, they lie in a second file, `OUT.data`
-beside `OUT`, and the message tells where; small tensors stay in the message, gates of any size too.
+A message has less than 2 GiB. Where the weights need more, they lie in a second file beside it, of
+which the message tells; small tensors stay in the message, gates of any size too.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from attnsurgeon.errors import BadFile
 from attnsurgeon.export.inputs import free_axes
+from attnsurgeon.export.onnx_data import DATA, placed_outside, write_data
 
 if TYPE_CHECKING:
     import onnx
@@ -30,11 +31,6 @@ _TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW = 2, 8, 9
 
 MOST_BYTES = 2**31 - 1
 """The largest message that protobuf reads."""
-SMALL_BYTES = 1024
-"""Tensors up to this stay in the message."""
-ALIGNMENT = 4096
-"""Where tensors begin in the second file: at a page, so that runtimes can map them."""
-DATA = ".data"
 
 _VARINT, _EIGHT_BYTES, _BYTES, _FOUR_BYTES = 0, 1, 2, 5
 
@@ -67,7 +63,7 @@ def write_file(model: Any, path: Path, inside: Collection[str] = ()) -> None:
     heads = sum(len(name) + 64 for name in tensors)
     held = len(graph) + heads + sum(value.nbytes for value in values)
     large = {name: value for name, value in tensors.items() if name not in inside}
-    outside = _outside(large, path.name + DATA) if held > MOST_BYTES else {}
+    outside = placed_outside(large, path.name + DATA) if held > MOST_BYTES else {}
     messages = [
         outside[name].SerializeToString() if name in outside else _head_of(value, name)
         for name, value in zip(tensors, values, strict=True)
@@ -85,36 +81,7 @@ def write_file(model: Any, path: Path, inside: Collection[str] = ()) -> None:
             if size:
                 stream.write(value.tobytes())
     if outside:
-        _write_data(path.with_name(path.name + DATA), outside, tensors)
-
-
-def _outside(tensors: Mapping[str, Any], location: str) -> dict[str, onnx.TensorProto]:
-    """Return, for each tensor that goes to the second file, the message that tells where it is."""
-    import onnx
-
-    found, offset = {}, 0
-    for name, value in tensors.items():
-        tensor = value.const_value
-        if tensor.nbytes <= SMALL_BYTES:
-            continue
-        proto = onnx.TensorProto(
-            name=name, data_type=tensor.dtype.value, dims=list(tensor.shape.numpy())
-        )
-        proto.data_location = onnx.TensorProto.EXTERNAL
-        where = {"location": location, "offset": str(offset), "length": str(tensor.nbytes)}
-        for key, text in where.items():
-            proto.external_data.add(key=key, value=text)
-        found[name] = proto
-        offset += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-    return found
-
-
-def _write_data(path: Path, outside: Iterable[str], tensors: Mapping[str, Any]) -> None:
-    with path.open("wb") as stream:
-        for name in outside:
-            raw = tensors[name].const_value.tobytes()
-            stream.write(raw)
-            stream.write(bytes(-len(raw) % ALIGNMENT))
+        write_data(path.with_name(path.name + DATA), outside, tensors)
 
 
 def _head_of(tensor: Any, name: str) -> bytes:

@@ -20,6 +20,7 @@ from attnsurgeon.errors import ExportRefused, first_line
 from attnsurgeon.export.format import Draft
 from attnsurgeon.export.onnx_dynamo import logs_held_back
 from attnsurgeon.export.onnx_file import read_file
+from attnsurgeon.export.onnx_unrounded import note_clamps
 
 _MOVING = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Mul", "Div", "MatMul")
 """What stands between a layer and the softmax that reads it."""
@@ -45,6 +46,7 @@ class Int8Draft(Draft):
             plain = Path(folder) / "float.onnx"
             self.draft.write(plain, gates)
             quantize(plain, path, self.images)
+            note_clamps(plain, path)
 
 
 def quantize(plain: Path, target: Path, images: list[Tensor]) -> None:

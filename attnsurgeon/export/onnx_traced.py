@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import Any
 
@@ -25,7 +25,7 @@ OLDEST_OPSET, NEWEST_OPSET = 17, 20
 """Below 17 some operators of the blocks do not exist; above 20 the exporter knows none."""
 
 
-def translate(model: nn.Module, inputs: Inputs, *, dynamic: bool, opset: int | None) -> Any:
+def translate(model: nn.Module, inputs: Inputs, *, free: Collection[str], opset: int | None) -> Any:
     """Return the network as an onnx_ir.Model, not optimised yet.
 
     Raises:
@@ -36,7 +36,8 @@ def translate(model: nn.Module, inputs: Inputs, *, dynamic: bool, opset: int | N
 
     names, memory = input_names(inputs), io.BytesIO()
     axes = {
-        name: free_axes(part.ndim) for name, part in zip(names, tensors_of(inputs), strict=True)
+        name: free_axes(part.ndim, free)
+        for name, part in zip(names, tensors_of(inputs), strict=True)
     }
     # Parameters of one value become one in the file: gates, all closed, are told apart for a while.
     apart = {
@@ -52,7 +53,7 @@ def translate(model: nn.Module, inputs: Inputs, *, dynamic: bool, opset: int | N
                 dynamo=False,
                 opset_version=min(opset or OLDEST_OPSET, NEWEST_OPSET),
                 input_names=names,
-                dynamic_axes=axes if dynamic else None,
+                dynamic_axes=axes if free else None,
                 do_constant_folding=False,  # it would fold gates away
             )
         except Exception as error:  # of the network's own code, or a dozen classes of the exporter

@@ -11,11 +11,12 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from attnsurgeon.errors import BadOption, ExportDiffers
+from attnsurgeon.export.axes import fixed_by_file
 from attnsurgeon.export.format import Draft, Opened, Reader, Runner, Settings
-from attnsurgeon.export.inputs import Inputs, tensors_of
+from attnsurgeon.export.inputs import Inputs, resized, size_of, tensors_of
 from attnsurgeon.export.lending import NOTICE as LENT
 from attnsurgeon.export.lending import lent_alike, lent_to, steady
-from attnsurgeon.export.opening import Opening, open_gates, plain_openings
+from attnsurgeon.export.opening import opening_for
 from attnsurgeon.export.precision import PRECISIONS, Precision
 from attnsurgeon.export.proof import Check, check_file, gate_values
 from attnsurgeon.training.stripping import ungated
@@ -94,11 +95,12 @@ def prove(
             run = read(part, precision.cast_gates(lent)).run
         drawn = [steady(model, own, batch) for batch in batches]
         checks = check_file(run, model, own, label, drawn, precision)
+        _refuse_fixed(name, run, model, checks, batches[0], settings, precision)
         _refuse_failed(name, checks, precision)
         del run
         if own:
             progress("checking it from disk, gates open")
-            opening = _opening(model, min(batches, key=_pixels), precision, cast)
+            opening = opening_for(model, min(batches, key=_pixels), precision, cast)
             values = opening.values
             if opening.unseen:
                 notices += (_UNSEEN.format(len(opening.unseen), len(own), opening.unseen[0]),)
@@ -110,16 +112,35 @@ def prove(
     return Proof(tuple(checks), opset, notices)
 
 
-def _opening(
-    model: nn.Module, inputs: Inputs, precision: Precision, cast: nn.Module | None
-) -> Opening:
-    """Return how far gates are opened; of eight bits, which never tell one from another, plainly.
+def _refuse_fixed(
+    name: str,
+    run: Runner,
+    model: nn.Module,
+    checks: list[Check],
+    inputs: Inputs,
+    settings: Settings,
+    precision: Precision,
+) -> None:
+    """Refuse a file of which a comparison failed because an axis is not as free as it says.
 
-    Which gate is whose was shown before on the file that they were made from.
+    Raises:
+        ExportDiffers: it is right for the inputs that it was made with, and not for others.
     """
-    if precision.name == "int8":
-        return Opening(plain_openings(model), ())
-    return open_gates(model, inputs, precision, cast)
+    if all(check.passed for check in checks):
+        return
+
+    def agrees(trial: Inputs) -> bool:
+        own = gate_values(model)
+        return check_file(run, model, own, "", [trial], precision)[0].passed
+
+    batch = 2 if "batch" in settings.free else 1
+    axis = fixed_by_file(agrees, model, resized(inputs, batch, size_of(inputs)), settings.free)
+    if axis is not None:
+        raise ExportDiffers(
+            f"the {axis} of the {name} file's input came out fixed: it is right with the one that "
+            f"{type(model).__name__} was translated with, and with no other; nothing was kept; "
+            "give --static if that is what you want"
+        )
 
 
 def _refuse_failed(name: str, checks: list[Check], precision: Precision) -> None:
@@ -145,9 +166,10 @@ def _check_header(written: Opened, settings: Settings) -> None:
         ExportDiffers: an axis that should be free came out fixed.
         BadOption: it has another opset.
     """
-    if settings.dynamic and written.fixed_axes:
+    fixed = [axis for axis in written.fixed_axes if axis.rpartition(".")[2] in settings.free]
+    if fixed:
         raise ExportDiffers(
-            f"{', '.join(written.fixed_axes)} came out fixed; nothing was kept; "
+            f"{', '.join(fixed)} came out fixed; nothing was kept; "
             "give --static if that is what you want"
         )
     if settings.opset not in (None, written.opset):

@@ -99,7 +99,7 @@ class TorchProgram(Format):
         self.check(settings)
         if settings.compile:
             compiled.check_device(model)
-        program = export_program(model, inputs, dynamic=settings.dynamic)
+        program = export_program(model, inputs, free=settings.free)
         return (_CompiledDraft if settings.compile else _ProgramDraft)(program, metadata)
 
     def open(self, path: Path, gates: Mapping[str, Tensor] | None = None) -> Opened:

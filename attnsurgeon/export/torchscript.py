@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from attnsurgeon.borrow import borrowed_modes
 from attnsurgeon.errors import BadFile, ExportRefused
+from attnsurgeon.export.axes import fixed_by_file
 from attnsurgeon.export.format import (
     Draft,
     Format,
@@ -24,7 +25,7 @@ from attnsurgeon.export.format import (
     register,
 )
 from attnsurgeon.export.fresh import FreshProcess
-from attnsurgeon.export.inputs import Inputs, on_cpu, resized, size_of
+from attnsurgeon.export.inputs import Inputs, on_cpu
 from attnsurgeon.export.precision import HALVES, refuse_precision
 
 NOTICE = (
@@ -133,8 +134,8 @@ class TorchScript(Format):
         """
         self.check(settings)
         scripted, is_scripted = _make(model, inputs)
-        if not is_scripted and settings.dynamic:
-            scripted = _trace_checked(model, inputs, scripted)
+        if not is_scripted:
+            _check_trace(model, inputs, scripted, settings.free)
         return _ScriptDraft(scripted, is_scripted, metadata, frozen=settings.optimize)
 
     def open(self, path: Path, gates: Mapping[str, Tensor] | None = None) -> Opened:
@@ -188,22 +189,27 @@ def load_torchscript(
     return module, texts
 
 
-def _trace_checked(
-    model: nn.Module, inputs: Inputs, traced: torch.jit.ScriptModule
-) -> torch.jit.ScriptModule:
-    """Return the trace if it takes another batch size; sizes baked in are refused here.
+def _check_trace(
+    model: nn.Module, inputs: Inputs, traced: torch.jit.ScriptModule, free: Collection[str]
+) -> None:
+    """Refuse a trace that does not run where an axis changes of which the network takes any size.
 
     Raises:
-        ExportRefused: the trace is fixed to the batch that it was made with.
+        ExportRefused: it is fixed to what it was made with.
     """
-    other = resized(inputs, 3, size_of(inputs))
-    try:
-        with _quiet(), torch.no_grad(), borrowed_modes(model):
-            model.eval()
-            traced(*other)
-    except RuntimeError as error:
+
+    def runs(others: Inputs) -> bool:
+        try:
+            with _quiet(), torch.no_grad(), borrowed_modes(model):
+                model.eval()
+                traced(*others)
+        except RuntimeError:
+            return False
+        return True
+
+    axis = fixed_by_file(runs, model, inputs, free)
+    if axis is not None:
         raise ExportRefused(
-            f"the trace of {type(model).__name__} takes the batch size that it was made with only; "
+            f"the trace of {type(model).__name__} takes the {axis} that it was made with only; "
             "give --static"
-        ) from error
-    return traced
+        )

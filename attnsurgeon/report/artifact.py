@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -14,7 +14,7 @@ from attnsurgeon.report.table import new_table
 
 def show_artifact(artifact: Artifact) -> RenderableType:
     """Return every comparison with the model, and what was written."""
-    axes = "batch, height and width free" if artifact.dynamic else "all axes fixed"
+    axes = f"{_listed(artifact.fixed)} fixed" if artifact.fixed else "batch, height and width free"
     opset = f", opset {artifact.opset}" if artifact.opset else ""
     numbers = f" in {artifact.precision.name}" if artifact.precision else ""
     size = f"{artifact.bytes / 2**20:.1f} MiB"
@@ -22,6 +22,11 @@ def show_artifact(artifact: Artifact) -> RenderableType:
         _table(artifact.output, artifact.checks),
         Text(f"written  {artifact.output}: {artifact.format}{numbers}{opset}, {size}, {axes}"),
     )
+
+
+def _listed(axes: Sequence[str]) -> str:
+    *first, last = axes
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def show_agreement(found: Agreement) -> RenderableType:
