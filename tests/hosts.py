@@ -1,12 +1,16 @@
 """The networks every block is tried on, and batches small enough for two cores."""
 
+import copy
 import functools
 
 import torch
 
+import attnsurgeon
 from attnsurgeon import blocks
 from attnsurgeon.host import load_host
+from attnsurgeon.plan import Plan, make_plan
 from attnsurgeon.sites import find_sites
+from attnsurgeon.surgery import apply_plan
 
 NAMES = (
     "resnet18",
@@ -40,3 +44,37 @@ def offers(name, block, placement):
 
 def image(batch=2, size=(64, 64)):
     return torch.randn(batch, 3, *size, generator=torch.Generator().manual_seed(batch))
+
+
+EVERYWHERE = [
+    ("se", "post"),
+    ("gc", "standard"),
+    ("cbam", "pre"),
+    ("se", "identity"),
+    ("sk", "replace"),
+    ("cbam", "conv"),
+    ("se", "post"),
+]
+
+
+def operate(name, opened=True):
+    """Put attention at every placement of every fourth block, and open its gates."""
+    operated = copy.deepcopy(host(name))
+    cuts = []
+    for block, placement in EVERYWHERE:
+        apply_plan(operated, Plan(tuple(cuts)))
+        cuts = make_plan(
+            operated,
+            sites(name),
+            block,
+            placement=placement,
+            every=4,
+            stack=True,
+            # The default leaves so few hidden units that all can be off for two images.
+            options={} if block == "sk" else {"reduction": 2},
+        ).cuts
+    apply_plan(operated, Plan(tuple(cuts)))
+    if opened:
+        for i, gate in enumerate(attnsurgeon.gates(operated).values()):
+            gate.data.fill_(0.1 + 0.8 * (i % 7) / 7)
+    return operated.eval()

@@ -23,7 +23,7 @@ from attnsurgeon import digits
 from attnsurgeon.errors import BadOption, HostUnusable
 from attnsurgeon.host import load_host
 from examples import finetune
-from tests import sync_batchnorm_on_cpu
+from tests import hosts, sync_batchnorm_on_cpu
 
 STEPS = 5
 BATCH = 8
@@ -118,6 +118,15 @@ def frozen(start, share):
     return {"weights": {name: p.detach().clone() for name, p in model.named_parameters()}}
 
 
+def at_every_placement(rank):
+    """Return the gradients of a network with attention at all placements, of half a batch."""
+    model = hosts.operate("resnet18", opened=False)  # in eval mode: equal shares
+    wrapped = DistributedDataParallel(model)  # held until the gradients are there
+    images = hosts.image(4)[2 * rank : 2 * rank + 2]
+    cross_entropy(wrapped(images), torch.tensor([1, 2])).backward()
+    return {"gradients": {name: p.grad.clone() for name, p in model.named_parameters()}}
+
+
 def finetune_on(folder):
     """Run the example in the group there is: a second one in the same processes would hang."""
     sys.argv = ["finetune.py", str(folder / "operated.safetensors"), "--data", "digits"]
@@ -154,6 +163,7 @@ def main(folder):
         "fully_shard": sharded(start, half, folder),
         "frozen": frozen(start, half),
         "sync_batchnorm": synchronised(start, half),
+        "placements": at_every_placement(rank),
     }
     torch.save(found, folder / f"rank{rank}.pt")
     dist.destroy_process_group()

@@ -1,12 +1,10 @@
 """Attention from a file, a package and timm: found by name, checked, never run unasked."""
 
 import copy
-import os
 import pickle
 import shutil
 import subprocess
 import sys
-import sysconfig
 from pathlib import Path
 
 import pytest
@@ -28,7 +26,6 @@ from tests.conftest import contents, run_command
 ROOT = Path(__file__).parent.parent
 EXAMPLE = ROOT / "examples" / "contrast_attention"
 CONTRAST = f"{EXAMPLE}/contrast_attention.py:ContrastAttention"
-SCRIPT = str(Path(sysconfig.get_path("scripts"), "attnsurgeon"))
 MINE = """
 import torch
 from torch import nn
@@ -297,16 +294,11 @@ class TestPackage:
     """The example in examples/contrast_attention, installed."""
 
     def test_it_is_found_by_its_entry_point(self, installed, run, folder, monkeypatch):
-        path = os.pathsep.join([str(installed), str(ROOT)])
         words = ["insert", "digits", "--block", "contrast", "--set", "reduction=4"]
-        done = subprocess.run(
-            [SCRIPT, *words],
-            env={**os.environ, "PYTHONPATH": path},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
+        with monkeypatch.context() as patch:
+            patch.syspath_prepend(str(installed))
+            done = run(*words)
+        assert done.code == 0, done.err
 
         # without the package the file cannot be loaded, and the error says what is missing
         outcome = run("verify", "digits_contrast.safetensors")

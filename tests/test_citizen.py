@@ -3,55 +3,20 @@
 import copy
 import io
 import pickle
-import socket
 
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 from torch.ao.quantization import fuse_modules
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.fx.experimental.optimization import fuse
 
 import attnsurgeon
-from attnsurgeon.plan import Plan, make_plan
-from attnsurgeon.surgery import apply_plan, attention_paths, is_new_key
+from attnsurgeon.surgery import attention_paths, is_new_key
 from tests import hosts
+from tests.hosts import operate
 
 HOSTS = ("resnet18", "efficientnet_b0")
-EVERYWHERE = [
-    ("se", "post"),
-    ("gc", "standard"),
-    ("cbam", "pre"),
-    ("se", "identity"),
-    ("sk", "replace"),
-    ("cbam", "conv"),
-    ("se", "post"),
-]
-
-
-def operate(name, opened=True):
-    """Put attention at every placement of every fourth block, and open its gates."""
-    host = copy.deepcopy(hosts.host(name))
-    cuts = []
-    for block, placement in EVERYWHERE:
-        apply_plan(host, Plan(tuple(cuts)))
-        cuts = make_plan(
-            host,
-            hosts.sites(name),
-            block,
-            placement=placement,
-            every=4,
-            stack=True,
-            # The default leaves so few hidden units that all can be off for two images.
-            options={} if block == "sk" else {"reduction": 2},
-        ).cuts
-    apply_plan(host, Plan(tuple(cuts)))
-    if opened:
-        for i, gate in enumerate(attnsurgeon.gates(host).values()):
-            gate.data.fill_(0.1 + 0.8 * (i % 7) / 7)
-    return host.eval()
 
 
 @pytest.fixture(params=HOSTS)
@@ -157,9 +122,15 @@ def test_autocast_is_exact(image):
         assert torch.equal(operated(image), host(image))
 
 
-def test_compiles(operated, image):
+@pytest.mark.parametrize(("name", "trains"), [("resnet18", True), ("efficientnet_b0", False)])
+def test_compiles(name, trains, image):
+    """Of the smaller network with the graph of its gradients too, which takes as long again."""
+    operated = operate(name)
     compiled = torch.compile(operated, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(compiled(image), operated(image), rtol=1e-4, atol=1e-5)
+    with torch.set_grad_enabled(trains):
+        found = compiled(image)
+        assert found.requires_grad == trains
+        torch.testing.assert_close(found, operated(image), rtol=1e-4, atol=1e-5)
 
 
 def test_torch_export(operated, image):
@@ -230,34 +201,3 @@ def test_distributed_state_dicts():
         optim_state_dict=steps,
     )
     assert torch.equal(twin(hosts.image(2)), operated(hosts.image(2)))
-
-
-def _train_in_parallel(rank, port, results):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"tcp://127.0.0.1:{port}", world_size=2, rank=rank)
-    try:
-        operated = operate("resnet18", opened=False).eval()  # equal shares: no batch statistics
-        parallel = nn.parallel.DistributedDataParallel(operated)
-        nn.functional.cross_entropy(
-            parallel(hosts.image(4)[2 * rank : 2 * rank + 2]), torch.tensor([1, 2])
-        ).backward()
-        results[rank] = {n: p.grad.clone() for n, p in operated.named_parameters()}
-    finally:
-        dist.destroy_process_group()
-
-
-def test_data_parallel_processes_agree_with_one():
-    """Two gloo processes get the gradient of one on the joined batch."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with mp.get_context("spawn").Manager() as manager:
-        results = manager.dict()
-        mp.spawn(_train_in_parallel, args=(port, results), nprocs=2)
-        shares = dict(results)
-    alone = operate("resnet18", opened=False)
-    nn.functional.cross_entropy(alone(hosts.image(4)), torch.tensor([1, 2, 1, 2])).backward()
-    for name, parameter in alone.named_parameters():
-        assert torch.equal(shares[0][name], shares[1][name]), name
-        # One sum over the batch against the mean of two.
-        torch.testing.assert_close(shares[0][name], parameter.grad, rtol=1e-3, atol=1e-5)

@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 import attnsurgeon
 from attnsurgeon import digits
 from attnsurgeon.store import save_model
-from tests import parallel
+from tests import hosts, parallel
 
 IMAGES, LABELS = (part[:16] for part in digits.held_out())
 # The sums of two halves against one sum, in float64, over five steps.
@@ -89,6 +89,15 @@ class TestTwoProcesses:
         for name, tensor in alone.items():
             torch.testing.assert_close(both[0][name], tensor, **CLOSE, msg=name)
             assert torch.equal(both[0][name], both[1][name]), name
+
+    def test_at_every_placement_they_agree_with_one(self, shares):
+        both = [share["placements"]["gradients"] for share in shares]
+        alone = hosts.operate("resnet18", opened=False)
+        cross_entropy(alone(hosts.image(4)), torch.tensor([1, 2, 1, 2])).backward()
+        for name, parameter in alone.named_parameters():
+            assert torch.equal(both[0][name], both[1][name]), name
+            # One sum over the batch against the mean of two, in float32.
+            torch.testing.assert_close(both[0][name], parameter.grad, rtol=1e-3, atol=1e-5)
 
     def test_that_means_something(self, start, alone, shares):
         """Every gate and nearly every weight moved by far more than the tolerance."""
