@@ -12,10 +12,11 @@ from torchvision.ops import batched_nms
 
 import attnsurgeon
 from attnsurgeon.errors import ExportDiffers, ExportRefused
-from attnsurgeon.export import lending, verify_export
+from attnsurgeon.export import lending, onnx_traced, verify_export
 from attnsurgeon.export import onnx as onnx_format
 from attnsurgeon.export.detections import Detections, outputs_of
 from attnsurgeon.export.inputs import resized, size_of
+from attnsurgeon.export.onnx_file import read_file
 from attnsurgeon.export.opening import open_gates
 from attnsurgeon.export.proof import compare_outputs
 from tests import exports
@@ -53,6 +54,17 @@ class Ranked(Detector):
         boxes = self.boxes(features)[0].flatten(1).t()
         scores = self.scores(features)[0, 0].flatten()
         return {"boxes": boxes, "scores": scores, "labels": torch.zeros_like(scores).long()}
+
+
+class Leaving(Detector):
+    """Leaves early where it finds nothing, as the heads of torchvision's R-CNNs do."""
+
+    def find(self, features: torch.Tensor):
+        scores = self.scores(features)[0].flatten(1).softmax(0).amax(0)
+        if not (scores > 0.5).any():
+            nothing = scores.new_zeros(0)
+            return {"boxes": nothing.view(0, 4), "scores": nothing, "labels": nothing.long()}
+        return super().find(features)
 
 
 def detector():
@@ -151,6 +163,22 @@ class TestLending:
             assert all(check.passed for check in made.checks)
             assert "held random numbers during the check" in made.notices[-1]
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+    def test_what_finds_nothing_is_not_traced_on_its_way_out(self, tmp_path, monkeypatch):
+        torch.manual_seed(0)
+        model = Leaving().eval()
+        nn.init.zeros_(model.scores.weight)
+        nn.init.zeros_(model.scores.bias)
+        path = tmp_path / "x.onnx"
+        made = attnsurgeon.export_model(model, path, example=IMAGES, exporter="torchscript")
+        assert all(check.passed for check in made.checks)
+        assert read_file(path).holds({"scores.weight": model.scores.weight}) == {"scores.weight"}
+        assert not model.scores.weight.any()
+        monkeypatch.setattr(onnx_traced, "_give_back", lambda *_: None)
+        with pytest.raises((ExportDiffers, ExportRefused)):
+            attnsurgeon.export_model(
+                model, path, example=IMAGES, exporter="torchscript", force=True
+            )
 
     def test_weights_that_say_enough_are_left_alone(self, tmp_path):
         model = detector()

@@ -42,7 +42,7 @@ DRAWS = 8
 CALM = 0.05
 """Of the tolerance: where rounding moves no more than that, no other images are tried."""
 
-_REMEDY = "give weights with which it finds something"
+REMEDY = "give weights with which it finds something"
 NOTICE = (
     "with these weights {} finds too little to be compared by: {} held random numbers during the "
     "check, and those of the file were compared byte for byte"
@@ -83,7 +83,7 @@ def lent_to(
     if not own:
         raise ExportRefused(
             f"{type(model).__name__} finds nothing to compare the file by, and its last layers "
-            f"cannot be set in it; {_REMEDY}"
+            f"cannot be set in it; {REMEDY}"
         )
     with borrowed_values(list(own.values())):
         for seed in range(DRAWS):
@@ -92,7 +92,7 @@ def lent_to(
                 break
         else:
             raise ExportRefused(
-                f"{type(model).__name__} finds nothing, whatever its last layers hold; {_REMEDY}"
+                f"{type(model).__name__} finds nothing, whatever its last layers hold; {REMEDY}"
             )
         yield {name: parameter.detach().clone() for name, parameter in own.items()}
 
@@ -172,7 +172,7 @@ def layers_behind(model: nn.Module, inputs: Inputs) -> dict[str, float]:
     """Return the layers behind the backbone, its first part with weights, and how far to spread.
 
     Those that lead to scores are found on the way back from these, along what autograd would walk,
-    up to the last weights.
+    up to the last weights; all may, where a network leaves before it has any.
     """
     parameters = list(model.parameters())
     flags = [parameter.requires_grad for parameter in parameters]
@@ -196,7 +196,7 @@ def layers_behind(model: nn.Module, inputs: Inputs) -> dict[str, float]:
         name for name, child in model.named_children() if any(True for _ in child.parameters())
     )
     return {
-        path: SPREAD if path in scored else FINE_SPREAD
+        path: SPREAD if path in scored or not scored else FINE_SPREAD
         for path, module in model.named_modules()
         if path.partition(".")[0] != backbone
         and any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))

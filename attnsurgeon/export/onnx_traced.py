@@ -8,15 +8,18 @@ from __future__ import annotations
 
 import io
 import warnings
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from attnsurgeon.errors import ExportRefused, first_line
 from attnsurgeon.export.inputs import Inputs, free_axes, tensors_of
+from attnsurgeon.export.lending import REMEDY, lent_to
 from attnsurgeon.export.onnx_dynamo import input_names
 from attnsurgeon.export.proof import gates_at
 from attnsurgeon.gate import named_gates
@@ -28,9 +31,48 @@ OLDEST_OPSET, NEWEST_OPSET = 17, 20
 def translate(model: nn.Module, inputs: Inputs, *, free: Collection[str], opset: int | None) -> Any:
     """Return the network as an onnx_ir.Model, not optimised yet.
 
+    A detector that finds nothing leaves its way at `if boxes:`, and a trace would leave it for
+    good: it is traced once more while it is lent numbers, and the file is given its own.
+
     Raises:
-        ExportRefused: it cannot be traced, or has an operation that the exporter does not know.
+        ExportRefused: it cannot be traced, has an operation that the exporter does not know, or
+            finds nothing whatever it is lent.
     """
+    held = {name for name, _ in model.named_parameters()}
+    for _ in range(2):  # the second time without what was fused into something else
+        with lent_to(model, [inputs], partial(_both, held)) as lent:
+            made = _trace(model, inputs, free, opset)
+        held = _found(made, lent)
+        if held == lent.keys():
+            _give_back(made, {name: model.get_parameter(name) for name in lent})
+            return made
+    raise ExportRefused(f"{type(model).__name__} finds nothing while it is traced; {REMEDY}")
+
+
+def _both(held: set[str], wanted: Mapping[str, Tensor]) -> set[str]:
+    return held & wanted.keys()
+
+
+def _found(made: Any, lent: Mapping[str, Tensor]) -> set[str]:
+    """Return the names of the tensors that stand in a file as they were lent."""
+    held = {name: value.const_value for name, value in made.graph.initializers.items()}
+    return {
+        name
+        for name, value in lent.items()
+        if held.get(name) is not None and np.array_equal(held[name].numpy(), value.cpu().numpy())
+    }
+
+
+def _give_back(made: Any, own: Mapping[str, Tensor]) -> None:
+    """Put a network's own numbers where those stand that it was lent."""
+    import onnx_ir
+
+    for name, value in own.items():
+        numbers = onnx_ir.tensor(value.detach().cpu().numpy(), name=name)
+        made.graph.initializers[name].const_value = numbers
+
+
+def _trace(model: nn.Module, inputs: Inputs, free: Collection[str], opset: int | None) -> Any:
     import onnx
     import onnx_ir
 
