@@ -28,6 +28,19 @@ def _mean(row):
     return row["against_plain"][0]
 
 
+def _ends(arm):
+    """Return seed -> accuracy at the end."""
+    runs = json.loads((ROOT / "examples/study/results.json").read_text("utf-8"))["runs"]
+    return {run["seed"]: run["accuracy"][-1] for run in runs if run["arm"] == arm}
+
+
+def _exceeds(arm, other):
+    """Tell whether an arm ended above another by more than the interval, seed by seed."""
+    ends = _ends(other)
+    mean, half = interval([end - ends[seed] for seed, end in _ends(arm).items()])
+    return mean > half
+
+
 CLAIMS = {
     "No arm beats plain fine-tuning beyond its interval": lambda rows: (
         not any(apart(row, "against_plain", 1) for row in rows.values())
@@ -43,16 +56,43 @@ CLAIMS = {
     "At the host's own rate no form of any block did": lambda rows: (
         not any(_below(row) for name, row in rows.items() if name.endswith(", rate x1"))
     ),
-    "`centred`, `layer` and one number per channel ended nearer to plain than `mix` with one "
-    "number at 10 times the rate": lambda rows: all(
-        _mean(rows[f"se {form}"]) > _mean(rows["se gated"])
-        for form in ("centred", "layer", "mix, per channel")
+    "`centred` and `layer` ended nearer to plain than `mix` in SE at 10 times the rate, `layer` by "
+    "more than the interval": lambda rows: (
+        _mean(rows["se centred"]) > _mean(rows["se gated"])
+        and _exceeds("se layer", "se gated")
+        and not _exceeds("se centred", "se gated")
     ),
-    "Annealing to 1, a warm-up with the host frozen (a quarter of the budget) and `mix` with a "
-    "tenfold start cost points": lambda rows: all(
-        _mean(rows[name]) < 0
-        for name in rows
-        if "annealed" in name or "warm-up" in name or name == "se mix, start x10"
+    "and `centred` by more than the interval at the host's own rate: half a point": lambda rows: (
+        _exceeds("se centred, rate x1", "se mix, rate x1")
+        and not _exceeds("se layer, rate x1", "se mix, rate x1")
+    ),
+    "Annealing `mix` to 1 and a warm-up with the host frozen (a quarter of the budget) cost "
+    "points": lambda rows: (
+        _below(rows["se mix, annealed to 1"])
+        and all(_mean(row) < -0.03 for name, row in rows.items() if "warm-up" in name)
+    ),
+    "annealing `centred` to 1 did not": lambda rows: not _below(rows["se centred, annealed to 1"]),
+    "Larger starts of the last layer gained nothing": lambda rows: (
+        not any(
+            _exceeds(f"se {form}, start x{gain}", arm)
+            for form, arm, gains in (
+                ("mix", "se gated", (3, 10)),
+                ("centred", "se centred", (3, 10)),
+            )
+            for gain in gains
+        )
+    ),
+    "GC's own zero start ended below GC behind a gate": lambda rows: _exceeds(
+        "gc gated", "gc, its own zero start"
+    ),
+    "non-local's own at 10 times the rate lost the network in every seed": lambda rows: all(
+        accuracy < 0.15 for accuracy in _ends("nonlocal layer").values()
+    ),
+    "`--gate centred` lost least wherever the rate is high": lambda rows: all(
+        _mean(rows[f"{arm}{rate}"]) < _mean(rows[f"{centred}{rate}"])
+        for rate, forms in (("", ("se gated", "se layer")), (", rate x100", ("se mix", "se layer")))
+        for centred, arms in (("se centred", forms),)
+        for arm in arms
     ),
 }
 """What the README concludes, each with what must be so in the results for it to be said."""

@@ -27,6 +27,9 @@ from attnsurgeon.gate import named_gates
 OLDEST_OPSET, NEWEST_OPSET = 17, 20
 """Below 17 some operators of the blocks do not exist; above 20 the exporter knows none."""
 
+APART = 2.0**-16
+"""Between gates while a network is traced; half precision tells two thousand multiples apart."""
+
 
 def translate(model: nn.Module, inputs: Inputs, *, free: Collection[str], opset: int | None) -> Any:
     """Return the network as an onnx_ir.Model, not optimised yet.
@@ -82,9 +85,10 @@ def _trace(model: nn.Module, inputs: Inputs, free: Collection[str], opset: int |
         for name, part in zip(names, tensors_of(inputs), strict=True)
     }
     # Parameters of one value become one in the file: gates, all closed, are told apart for a while.
+    # By little, so that the network still finds what it finds, and is traced on that way.
     apart = {
-        gate: torch.full_like(value, 2.0 + i)
-        for i, (gate, value) in enumerate(named_gates(model).items())
+        gate: torch.full_like(value, APART * i)
+        for i, (gate, value) in enumerate(named_gates(model).items(), start=1)
     }
     with gates_at(model, apart), torch.no_grad(), _plainly():
         try:

@@ -22,6 +22,8 @@ COLOURS = {
 BLOCKS = ("se", "cbam", "sk", "gc")
 BESIDE = ("plain", "only rescales, per channel")
 """Drawn in every panel, beside the arms of its block."""
+SHOWN = (-10.0, 5.0)
+"""Points: an arm that lost its network altogether would hide what all others differ by."""
 
 
 def draw(results: dict[str, Any], path: Path) -> None:
@@ -70,9 +72,14 @@ def _ends(axes: Any, rows: list[dict[str, Any]], places: int) -> None:
     for place, row in enumerate(rows):
         mean, half = (100 * number for number in row["against_plain"])
         colour = _colour(row["arm"])
+        if mean < SHOWN[0]:
+            told = f"\u25c0 {mean:.0f} \u00b1 {half:.0f}"
+            axes.text(SHOWN[0] + 0.2, place, told, color=colour, fontsize=8, va="center")
+            continue
         axes.errorbar(mean, place, xerr=half, fmt="o", color=colour, markersize=4, capsize=2)
     axes.axvline(0, color=COLOURS["plain"], linewidth=1)
     axes.set_yticks(range(len(rows)), [row["arm"] for row in rows], fontsize=8)
     axes.set_ylim(places - 0.4, -0.6)
+    axes.set_xlim(*SHOWN)
     axes.set_xlabel("points against plain fine-tuning at the end")
     axes.grid(axis="x", alpha=0.25)
