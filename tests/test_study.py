@@ -227,7 +227,9 @@ class TestResults:
         results = json.loads((ROOT / "examples/study/results.json").read_text("utf-8"))
         readme = (ROOT / "README.md").read_text("utf-8")
         assert study.put_between(readme, text(results)) == readme
-        assert summarise(results["runs"], ARMS) == results
+        assert {**results, **summarise(results["runs"], ARMS)} == results
+        assert results["shown"] in NAMED
+        assert len(results["varies"]) == 6
         assert results["seeds"] >= 5
 
     def test_the_findings_are_counted(self):
