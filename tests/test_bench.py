@@ -100,7 +100,7 @@ class TestReport:
     def test_a_call_is_told_with_what_was_given(self):
         found = compare_speed(["digits"], batches=[2], **QUICK).environment
         assert found["command"] == (
-            "compare_speed(['digits'], device='cpu', batches=[2], threads=1, seconds=0.2)"
+            "compare_speed(['digits'], device='cpu', batches=[2], threads=1, seconds=0.1)"
         )
 
     def test_progress_rises_from_0_to_1(self):

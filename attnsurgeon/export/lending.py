@@ -1,11 +1,12 @@
 """Inputs and weights with which a detector says enough to be compared.
 
 A detector keeps what scores above a threshold and drops what overlaps. With random weights it may
-find nothing, or score everything alike: torchvision's SSDlite shrinks its signal to 1e-15, so that
-all 294,000 scores of an image are exactly 1/91 and the first 300 are those that the sort happens to
-leave in front. Trained ones may find nothing in noise. Either way outputs tell nothing about the
-file. Then the layers behind its backbone hold random numbers for the time of the check, in the
-model and in the file; the file's own are compared byte for byte instead.
+find nothing, score in the hundreds, where rounding is as large as what is told apart, or score
+everything alike: torchvision's SSDlite shrinks its signal to 1e-15, so that all 294,000 scores of
+an image are exactly 1/91 and the first 300 are those that the sort leaves in front. Trained ones
+may find nothing in noise. Either way outputs tell nothing about the file. Then the layers behind
+its backbone hold random numbers for the time of the check, in the model and in the file; the
+file's own are compared byte for byte instead.
 """
 
 from __future__ import annotations
@@ -41,11 +42,13 @@ DRAWS = 8
 """Of images, or of weights, of which one is taken where rounding decides nothing."""
 CALM = 0.05
 """Of the tolerance: where rounding moves no more than that, no other images are tried."""
+SHAKY = 0.1
+"""Of the tolerance: two engines differ by some ten times what rounding of the input moves."""
 
 REMEDY = "give weights with which it finds something"
 NOTICE = (
-    "with these weights {} finds too little to be compared by: {} held random numbers during the "
-    "check, and those of the file were compared byte for byte"
+    "with these weights {} finds too little to be compared by, or what rounding moves: {} held "
+    "random numbers during the check, and those of the file were compared byte for byte"
 )
 
 
@@ -65,7 +68,7 @@ def lent_to(
     Raises:
         ExportRefused: it says nothing whatever it is lent, or the file's layers are out of reach.
     """
-    if not batches or not isinstance(batches[0][0], list) or _tells_all(model, batches):
+    if not batches or not isinstance(batches[0][0], list) or _is_comparable(model, batches):
         yield {}
         return
     layers = layers_behind(model, batches[0])
@@ -107,6 +110,14 @@ def lent_alike(copy: nn.Module | None, lent: Mapping[str, Tensor]) -> Iterator[N
         yield
 
 
+def _is_comparable(model: nn.Module, batches: list[Inputs]) -> bool:
+    """Tell whether there is something to compare, and rounding alone leaves it where it is."""
+    gates = gate_values(model)
+    return _tells_all(model, batches) and all(
+        _steadiest(model, gates, inputs)[1] < SHAKY for inputs in batches
+    )
+
+
 def _tells_all(model: nn.Module, batches: list[Inputs]) -> bool:
     """Tell whether there are objects in every image, and not all of one score."""
     gates = gate_values(model)
@@ -128,22 +139,27 @@ def steady(model: nn.Module, gates: Mapping[str, Tensor], inputs: Inputs) -> Inp
     Whether one box more overlaps too much can turn on the last bit: there two right engines would
     disagree. The choice is made by the model alone: the images on which it is moved least.
     """
-    if not isinstance(inputs[0], list):
-        return inputs
+    return _steadiest(model, gates, inputs)[0] if isinstance(inputs[0], list) else inputs
+
+
+def _steadiest(
+    model: nn.Module, gates: Mapping[str, Tensor], inputs: Inputs
+) -> tuple[Inputs, float]:
+    """Return the images of some draws that rounding moves least, and the share of the tolerance."""
     best, least = inputs, float("inf")
     for seed in range(DRAWS):
         drawn = _redrawn(inputs, seed)
         outputs = run_with_gates(model, gates, drawn)
         if not isinstance(outputs, Detections):
-            return inputs
+            return inputs, 0.0
         tolerance = tolerance_of(outputs)
         again = run_with_gates(model, gates, shaken(drawn))
-        moved = compare_outputs(outputs, again, tolerance)[1]
+        moved = compare_outputs(outputs, again, tolerance)[1] / tolerance
         if _tells(outputs) and moved < least:
             best, least = drawn, moved
-        if least < CALM * tolerance:
+        if least < CALM:
             break
-    return best
+    return best, least
 
 
 def shaken(inputs: Inputs) -> Inputs:
