@@ -12,7 +12,7 @@ from torchvision.ops import batched_nms
 
 import attnsurgeon
 from attnsurgeon.errors import ExportDiffers, ExportRefused
-from attnsurgeon.export import lending, onnx_traced, verify_export
+from attnsurgeon.export import lending, onnx_traced, opening, verify_export
 from attnsurgeon.export import onnx as onnx_format
 from attnsurgeon.export.detections import Detections, outputs_of
 from attnsurgeon.export.inputs import resized, size_of
@@ -217,6 +217,14 @@ class TestLending:
             operated, tmp_path / "x.onnx", example=IMAGES, exporter="torchscript"
         )
         assert [check.gates for check in made.checks] == ["closed"] * 3 + ["open"] * 3
+
+    def test_gates_of_a_network_that_finds_nothing_move_nothing(self):
+        operated = attnsurgeon.insert_attention(
+            detector(), "se", example=(IMAGES,), at="features.1", reduction=4
+        )
+        nn.init.zeros_(operated.scores.weight)
+        values = opening.plain_openings(operated)
+        assert set(opening._shifts(operated, values, (IMAGES,)).values()) == {0.0}
 
     def test_in_other_numbers(self, tmp_path, monkeypatch):
         """What is lent to the model is lent to its cast copy too, and the file holds it cast."""

@@ -185,7 +185,8 @@ def _shifts(model: nn.Module, openings: Mapping[str, Tensor], inputs: Inputs) ->
         for gate in gates.values():
             gate.requires_grad_(True)
         with torch.enable_grad():
-            outputs = [leaf for leaf in leaves(model(*inputs)) if leaf.requires_grad]
+            found = leaves(model(*inputs))  # empty where a detector finds nothing in an image
+            outputs = [leaf for leaf in found if leaf.requires_grad and leaf.numel()]
             largest = max((leaf.abs().max().item() for leaf in outputs), default=0.0)
             slopes = _slopes(outputs, list(gates.values()))
     return {
