@@ -297,7 +297,7 @@ class TestWrongAnswersAreCaught:
         path = tmp_path / "x.onnx"
         path.write_bytes(eight[0].read_bytes())
         edit_onnx(path, stretch_the_filters)
-        with pytest.raises(ExportDiffers, match="gates (closed|images)"):
+        with pytest.raises(ExportDiffers, match="gates closed"):
             attnsurgeon.export.verify_export(path, operated, pictures)
 
     def test_after_it_was_quantized_with_gates_open(

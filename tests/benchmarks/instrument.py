@@ -217,7 +217,7 @@ def findings(options: argparse.Namespace, folder: Path) -> Iterator[Finding]:
 
 def _agreements(options: argparse.Namespace, path: Path, image: Tensor) -> Iterator[Finding]:
     """Run each pair of instruments in turns and judge the middle one: machines drift meanwhile."""
-    threads, seconds = torch.get_num_threads(), options.long / TURNS
+    threads, seconds = torch.get_num_threads(), options.long / 3
     onnx = path.with_suffix(".onnx")
     attnsurgeon.export_model(attnsurgeon.load_model(path), onnx)
     for name, file, engine, by in (
@@ -227,9 +227,9 @@ def _agreements(options: argparse.Namespace, path: Path, image: Tensor) -> Itera
         turns = []
         for _ in range(TURNS):
             report = attnsurgeon.bench.compare_speed(
-                [file, file], engines=[engine], device="cpu", seconds=seconds
+                [file, file], engines=[engine], device="cpu", seconds=options.long
             )
-            turns.append((report.runs[0], *by(file, image, seconds / 2, threads)))
+            turns.append((report.runs[0], *by(file, image, seconds, threads)))
         turns.sort(key=lambda turn: turn[0].median_ms / turn[1])
         yield judge_median(*turns[TURNS // 2], name)
 
