@@ -160,7 +160,7 @@ class Row:
         return ELSEWHERE if self.block == "sk" and self.engine != "onnxruntime" else HALF
 
 
-HEAD = """| block | engine | batch | plain, ms | ours, ms | timm's, ms | quotient | limit, ms | of it |
+HEAD = """| block | engine | batch | plain, ms | ours, ms | timm, ms | quotient | limit | of it |
 |---|---|--:|--:|--:|--:|--:|--:|--:|"""
 
 
