@@ -18,6 +18,7 @@ from attnsurgeon.surgery import cuts_of
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
+import attention_cost  # noqa: E402
 import gpu  # noqa: E402
 import gpu_table  # noqa: E402
 import instrument  # noqa: E402
@@ -201,3 +202,44 @@ class TestGpu:
     def test_the_least_a_block_can_cost(self):
         host = Timing("a", "eager", "cpu", 8, (10.0,))
         assert gpu._least(host, 1e6, 1e9) == pytest.approx(1 + 8 / 10)
+
+
+class TestAttentionCost:
+    @staticmethod
+    def row(ours, **changed):
+        values = {"block": "se", "engine": "onnxruntime", "batch": 1, "quotient": (ours, 0.1, 2.0)}
+        return attention_cost.Row(
+            **{**values, **changed}, plain_ms=40.0, ours_ms=4 * ours, timm_ms=4.0, limit_ms=0.5
+        )
+
+    def test_the_target_is_judged(self, tmp_path):
+        rows = [self.row(0.5), self.row(0.6), self.row(-0.1)]
+        rows += [self.row(0.7, block="sk", engine="compile"), self.row(0.7, block="sk")]
+        options = argparse.Namespace(cpu_time=False, threads=2, size=224)
+        text = attention_cost.table_of(rows, options)
+        assert "was reached in 3 of 5 rows" in text
+        assert "| se | onnxruntime | 1 | 40.00 | +2.00 (+5.0 %) | +4.00 (+10.0 %) | 0.50" in text
+        assert "| 4 × |" in text
+        assert "-0.40 (-1.0 %)" in text
+        page = tmp_path / "README.md"
+        page.write_text(f"before\n{attention_cost.BEGIN}old\n{attention_cost.END}after\n")
+        attention_cost.write_readme(text, page)
+        assert text in page.read_text()
+        assert "old" not in page.read_text()
+
+    def test_the_readme_tells_every_row(self):
+        page = attention_cost.README.read_text(encoding="utf-8")
+        told = page.partition(attention_cost.BEGIN)[2].partition(attention_cost.END)[0]
+        cases = [
+            (block, engine, batch)
+            for block in ("se", "gc", "cbam", "sk")
+            for engine in attention_cost.ENGINES
+            for batch in (1, 8)
+        ]
+        rows = [line.split(" | ") for line in told.splitlines() if line.startswith("| ")][1:]
+        assert [(cells[0][2:], cells[1], int(cells[2])) for cells in rows] == cases
+        reached = 0
+        for cells in rows:
+            row = self.row(0.5, block=cells[0][2:], engine=cells[1])
+            reached += float(cells[6].partition(" ")[0]) <= row.goal
+        assert f"was reached in {reached} of {len(rows)} rows" in told

@@ -1,4 +1,4 @@
-"""Measure what attention costs: interleaved, pair by pair, with an interval on the ratio.
+"""Measure what attention costs: interleaved, with an interval on the ratio.
 
 request.py                        what is asked for
 targets.py                        what is timed: files, names, modules

@@ -1,8 +1,9 @@
 """How sure a measured ratio is: a robust mean, its interval, and the verdict in words.
 
-The observations are logarithms of block k of a target over block k of the baseline.
-Pairs of one round share the memory that both sides happened to be given in it, and neighbours
-share the machine's mood, so whole rounds are drawn again, never single pairs. Drawing n rounds
+The observations are logarithms of the blocks' times, as many of a target as of its baseline. What
+disturbs a block makes it slower, never faster, so that the faster half of each tells more than the
+middle. Blocks of one round share the memory that both sides happened to be given in it, and
+the machine's mood, so whole rounds are drawn again, never single blocks. Drawing n rounds
 again shows a spread that is too small by sqrt((n - 1) / n); corrected for that, it is the standard
 error of an interval of Student's t. Percentiles of what was drawn would never reach beyond the
 lowest and the highest round, and five rounds have both on one side of the truth once in sixteen
@@ -13,7 +14,7 @@ observations).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 
@@ -25,13 +26,12 @@ RESAMPLES = 2000
 MAX_DECIMALS = 2
 """Of a percentage: two copies of one program seldom agree better than that."""
 
-MIDDLE_HALF = (0.25, 0.75)
-"""Deaf to disturbed pairs like a median, and steadier."""
-FASTEST_QUARTER = (0.0, 0.25)
+FASTER_HALF, FASTEST_QUARTER = 0.5, 0.25
+"""Shares of the blocks: ordinarily, and where most of them were held up."""
 
 Floats = NDArray[np.float64]
 Rounds = Sequence[Sequence[float]]
-"""Log ratios, round by round."""
+"""Logs of the times of blocks, round by round."""
 
 
 @dataclass(frozen=True)
@@ -43,62 +43,42 @@ class Estimate:
     high: float
 
 
-def trimmed_means(values: Floats, weights: Floats, between: tuple[float, float]) -> Floats:
-    """Return, for each row of weights, the mean of the weighted values between two quantiles."""
+def means_of_fastest(values: Floats, weights: Floats, share: float) -> Floats:
+    """Return, for each row of weights, the mean of the lowest share of the weighted values."""
     order = np.argsort(values)
     below = np.cumsum(weights[:, order], axis=1)
-    total = below[:, -1:]
-    low, high = (share * total for share in between)
-    inside = np.diff(np.clip(below, low, high), axis=1, prepend=low)
-    found: Floats = inside @ values[order] / (high - low)[:, 0]
+    most = share * below[:, -1:]
+    inside = np.diff(np.minimum(below, most), axis=1, prepend=0.0)
+    found: Floats = inside @ values[order] / most[:, 0]
     return found
 
 
-def estimate(rounds: Rounds, *, seed: int = 0) -> Estimate:
-    """Return the ratio that log ratios stand for, with a 95 % interval.
+def estimate(
+    own: Rounds, baseline: Rounds, *, share: float = FASTER_HALF, seed: int = 0
+) -> Estimate:
+    """Return the ratio of the fastest blocks of each, with its 95 % interval.
 
     Args:
-        rounds: log ratios of pairs of blocks; at least two rounds.
-        seed: of the resampling; the same pairs give the same interval.
+        own: logs of the times of a target's blocks; at least two rounds.
+        baseline: the same of its baseline, as many in each round.
+        share: of the blocks that are compared.
+        seed: of the resampling; the same blocks give the same interval.
     """
-    values = _joined(rounds)
-    return _estimate(rounds, lambda drawn: trimmed_means(values, drawn, MIDDLE_HALF), seed)
+    count = len(own)
+    if count < 2:
+        raise ValueError(f"an interval needs at least two rounds, not {count}")
+    round_of = np.repeat(np.arange(count), [len(part) for part in own])
+    sides = [np.concatenate([np.asarray(part) for part in side]) for side in (own, baseline)]
 
-
-def estimate_fastest(own: Rounds, baseline: Rounds, *, seed: int = 0) -> Estimate:
-    """Return the ratio of the fastest quarter of blocks of each, with its interval.
-
-    What holds up most of the calls, such as another program on the same core, leaves it alone.
-
-    Args:
-        own: logs of the times of a target's blocks, of which there are as many as the baseline's.
-        baseline: logs of the times of its baseline's blocks, of the same rounds.
-        seed: of the resampling.
-    """
-    times = _joined(own), _joined(baseline)
-
-    def ratios(drawn: Floats) -> Floats:
-        mine, others = (trimmed_means(part, drawn, FASTEST_QUARTER) for part in times)
+    def logs(drawn: Floats) -> Floats:
+        mine, others = (means_of_fastest(side, drawn, share) for side in sides)
         difference: Floats = mine - others
         return difference
 
-    return _estimate(own, ratios, seed)
-
-
-def _joined(rounds: Rounds) -> Floats:
-    return np.concatenate([np.asarray(part, dtype=np.float64) for part in rounds])
-
-
-def _estimate(rounds: Rounds, statistic: Callable[[Floats], Floats], seed: int) -> Estimate:
-    """Return a statistic of weighted values, and its interval from rounds that are drawn again."""
-    count = len(rounds)
-    if count < 2:
-        raise ValueError(f"an interval needs at least two rounds, not {count}")
-    round_of = np.repeat(np.arange(count), [len(part) for part in rounds])
     # How often each round is drawn, when as many are drawn as there are, with replacement.
     drawn = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=RESAMPLES)
-    found = [statistic(part[:, round_of].astype(np.float64)) for part in np.split(drawn, 10)]
-    ratio = float(statistic(np.ones((1, len(round_of))))[0])
+    found = [logs(part[:, round_of].astype(np.float64)) for part in np.split(drawn, 10)]
+    ratio = float(logs(np.ones((1, len(round_of))))[0])
     half = half_width(float(np.concatenate(found).std()), count)
     return Estimate(*(math.exp(value) for value in (ratio, ratio - half, ratio + half)))
 

@@ -115,7 +115,7 @@ def doubts_of(found: Race, i: int, sent_ms: float | None) -> list[str | None]:
 def compare(
     timings: Sequence[Timing], found: Race, doubts: Sequence[str | None]
 ) -> list[Comparison]:
-    """Judge every timing but the first against the first, pair by pair."""
+    """Judge every timing but the first against the first."""
     baseline = timings[0]
     comparisons = []
     for i, timing in enumerate(timings[1:], start=1):

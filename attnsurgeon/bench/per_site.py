@@ -116,7 +116,7 @@ def _doubts(paths: Sequence[str], races: Sequence[Race], seconds: float, watch: 
     if disturbed:
         doubts.append(
             f"disturbed: at {', '.join(disturbed)} something else held up so many calls that the "
-            "fastest quarter is compared"
+            "fastest quarter alone is compared"
         )
     if restless:
         doubts.append(

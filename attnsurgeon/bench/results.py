@@ -140,7 +140,7 @@ def _rounded(value: float | None, digits: int) -> float | None:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One target against the baseline, pair by pair, on one engine at one batch size.
+    """One target against the baseline, on one engine at one batch size.
 
     Attributes:
         target: as the user typed it.
@@ -148,8 +148,8 @@ class Comparison:
         engine: what ran both.
         device: cpu, or cuda:N.
         batch: number of images per call.
-        ratio: time over the baseline's; above 1 is slower.
-        interval95: bootstrap 95 % interval of the ratio.
+        ratio: time over the baseline's, of the faster half of each; above 1 is slower.
+        interval95: 95 % interval of the ratio.
         verdict: "+6.2 % [5.1, 7.4]" or "not distinguishable from noise".
         precision: as of the target's run.
         channels_last: as of the target's run.

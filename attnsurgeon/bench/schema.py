@@ -29,7 +29,7 @@ def _table(meaning: str, **keys: Kind) -> Kind:
 _TEXT, _NUMBER = {"type": "string"}, {"type": "number"}
 _PAIR = "lower and upper end of the 95 % interval"
 _RATIO = {
-    "ratio": _of("number", "time over the baseline's, pair by pair; above 1 is slower"),
+    "ratio": _of("number", "time over the baseline's, faster half of each; above 1 is slower"),
     "interval95": _list(_NUMBER, f"{_PAIR} of the ratio"),
 }
 

@@ -123,7 +123,7 @@ def bench(
     """Time networks against each other, interleaved, with every gate open.
 
     One target is compared with its own untouched host; of several, all with the first. The
-    ratio is taken pair by pair and comes with a 95 % interval.
+    ratio is that of the faster half of each, with a 95 % interval.
     """
     if schema:
         from attnsurgeon.bench.schema import SCHEMA

@@ -148,11 +148,12 @@ class Row:
         """Return a row of a Markdown table."""
         ratio, low, high = self.quotient
         shares = [
-            f"+{ms:.2f} ({100 * ms / self.plain_ms:+.1f} %)" for ms in (self.ours_ms, self.timm_ms)
+            f"{ms:+.2f} ({100 * ms / self.plain_ms:+.1f} %)" for ms in (self.ours_ms, self.timm_ms)
         ]
         cells = [self.block, self.engine, self.batch, f"{self.plain_ms:.2f}", *shares]
         cells += [f"{ratio:.2f} [{low:.2f}, {high:.2f}]", f"+{self.limit_ms:.2f}"]
-        return "| " + " | ".join(map(str, cells)) + f" | {self.ours_ms / self.limit_ms:.0f} × |"
+        cells.append(f"{self.ours_ms / self.limit_ms:.0f} ×" if self.ours_ms > 0 else "")
+        return f"| {' | '.join(map(str, cells))} |"
 
     @property
     def goal(self) -> float:
