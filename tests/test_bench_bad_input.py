@@ -83,7 +83,7 @@ class TestBadInput:
             ("gone.pt", None, BadFile, "there is no file"),
             ("empty.onnx", b"", BadFile, "is empty"),
             ("noise.safetensors", b"x" * 99, BadFile, "not a whole safetensors file"),
-            ("noise.onnx", b"x" * 99, BadFile, "onnxruntime cannot read"),
+            ("noise.onnx", b"x" * 99, BadFile, "is no ONNX file"),
             ("noise.pt", b"x" * 99, BadFile, "is no TorchScript file"),
             ("gone.pt2", None, BadFile, "there is no file"),
             ("noise.pt2", b"x" * 99, BadFile, "is no program of torch.export"),

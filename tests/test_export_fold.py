@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from attnsurgeon.export import fold
 from attnsurgeon.export.fold import fold_norms
 
 NORM = torch.ops.aten.batch_norm.default
@@ -54,6 +55,19 @@ def test_a_norm_after_a_convolution_is_folded(conv):
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     assert isinstance(model[0].weight, nn.Parameter)
     assert model[0].weight.requires_grad
+
+
+@pytest.mark.parametrize("at_once", [1, 80])
+def test_large_filters_are_folded_in_parts(monkeypatch, at_once):
+    """To the same bits, one at a time or two of 36 numbers."""
+    model = randomised(nn.Sequential(nn.Conv2d(4, 7, 3), nn.BatchNorm2d(7)))
+    image = torch.randn(2, 4, 9, 9)
+    whole, parts = program_of(model, image), program_of(model, image)
+    fold_norms(whole)
+    monkeypatch.setattr(fold, "_AT_ONCE", at_once)
+    fold_norms(parts)
+    assert not parts.state_dict["0.weight"].requires_grad
+    assert torch.equal(whole.state_dict["0.weight"], parts.state_dict["0.weight"])
 
 
 def test_in_three_dimensions():

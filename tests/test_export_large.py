@@ -1,6 +1,7 @@
 """What one ONNX file cannot hold lies in two: proven, replaced, removed and rejected together."""
 
 import copy
+import gc
 import shutil
 
 import onnx
@@ -9,6 +10,7 @@ import torch
 from PIL import Image
 
 import attnsurgeon
+from attnsurgeon import export
 from attnsurgeon.bench import targets
 from attnsurgeon.bench.engines import onnx_runtime
 from attnsurgeon.bench.engines.engine import Place
@@ -108,6 +110,100 @@ def test_they_are_moved_only_together(written, tmp_path):
     moved = written.rename(tmp_path / "elsewhere" / "x.onnx")
     with pytest.raises(BadFile, match=r"x\.onnx"):
         Onnx().open(moved)
+
+
+def spoil(data, how):
+    """Do to a second file what may befall it; the last is of a file of the same sizes."""
+    if how == "gone":
+        data.unlink()
+    elif how == "cut off":
+        data.write_bytes(data.read_bytes()[:-8192])
+    else:
+        whole = bytearray(data.read_bytes())
+        whole[5000] ^= 1
+        data.write_bytes(whole)
+
+
+SPOILT = {
+    "gone": "'x.onnx.data', which is not beside it",
+    "cut off": "'x.onnx.data' has .* was cut off",
+    "another": "'x.onnx.data' is not what x.onnx was written with",
+}
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_a_second_file_that_is_not_its_own(written, how):
+    """A flipped bit moves no output by as much as the tolerance, and is no longer the file."""
+    spoil(written.with_name("x.onnx.data"), how)
+    for read in (Onnx().open, lambda path: targets.read_targets([path])):
+        with pytest.raises(BadFile, match=SPOILT[how]):
+            read(written)
+
+
+@pytest.mark.parametrize("how", SPOILT)
+def test_it_is_told_in_one_line(run, written, tmp_path, how):
+    host = tmp_path / "digits.safetensors"
+    spoil(written.with_name("x.onnx.data"), how)
+    if how == "gone":
+        assert run("insert", "digits", "--block", "se", "-o", host).code == 0
+        outcome = run("verify", written, "--against", host)
+    else:
+        outcome = run("bench", written, "--engine", "onnxruntime", "--seconds", "0.1")
+    assert outcome.code == 2
+    assert outcome.out == ""
+    assert sum(line.startswith("error: ") for line in outcome.err.splitlines()) == 1
+
+
+def test_what_others_wrote_has_no_checksum(written):
+    model = onnx.load(written)
+    onnx.save(model, written, save_as_external_data=True, location="x.onnx.data")
+    Onnx().open(written)
+    spoil(written.with_name("x.onnx.data"), "gone")
+    with pytest.raises(BadFile, match=SPOILT["gone"]):
+        Onnx().open(written)
+
+
+def test_it_is_told_where_no_number_stands(written):
+    model = onnx.load(written, load_external_data=False)
+    told = next(t for t in model.graph.initializer if t.external_data).external_data
+    next(entry for entry in told if entry.key == "length").value = "many"
+    written.write_bytes(model.SerializeToString())
+    with pytest.raises(BadFile, match="does not tell where its weights are"):
+        Onnx().open(written)
+
+
+@pytest.mark.parametrize("is_large", [False, True])
+def test_of_large_weights_no_copy_is_left_to_the_proof(operated, tmp_path, monkeypatch, is_large):
+    """Neither by the exporters, nor by the rules of the optimizer; small ones wait for Python."""
+    found = []
+
+    def prove(*args):
+        found.extend(folded(operated))
+        raise ExportDiffers("enough")
+
+    monkeypatch.setattr(export, "prove", prove)
+    monkeypatch.setattr(export, "LARGE_BYTES", 0 if is_large else 2**20)
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(ExportDiffers, match="enough"):
+            attnsurgeon.export_model(operated, tmp_path / "x.onnx", example=exports.EXAMPLE)
+    finally:
+        gc.enable()
+    assert bool(found) is not is_large
+
+
+def folded(model):
+    """Return the tensors of the shape of its 3x3 filters that are not its own."""
+    own = {parameter.data_ptr() for parameter in model.parameters()}
+    return [
+        thing
+        for thing in gc.get_objects()
+        if type(thing) is torch.nn.Parameter
+        and thing.shape == (16, 16, 3, 3)
+        and not thing.is_meta
+        and thing.data_ptr() not in own
+    ]
 
 
 def test_neither_replaces_another_unasked(operated, tmp_path):

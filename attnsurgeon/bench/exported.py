@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attnsurgeon.errors import BadFile, HostUnusable, first_line
+from attnsurgeon.export.onnx_data import check_data
 from attnsurgeon.export.onnx_file import Patch, patched, read_file
 from attnsurgeon.export.torchscript import load_torchscript
 
@@ -148,9 +149,11 @@ def read_onnx(path: Path) -> OnnxFile:
     """Return the inputs that an .onnx file takes, free axes as its metadata says.
 
     Raises:
-        BadFile: it is no ONNX file, or one that the installed runtime cannot read.
+        BadFile: it is no ONNX file, or one that the installed runtime cannot read, or its weights
+            lie in a second file that is not its own.
         HostUnusable: it takes inputs of a dtype or rank that cannot be made up.
     """
+    check_data(path, read_file(path).beside.values())
     session = session_for(path, is_optimised=False)
     told = read_size(session.get_modelmeta().custom_metadata_map.get(SIZE_KEY, ""))
     example, fixed, is_sized = [], [], True

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attnsurgeon.card import card_of
 from attnsurgeon.errors import BadFile, BadOption, ExportDiffers
-from attnsurgeon.export.format import Opened, format_for
+from attnsurgeon.export.format import Opened, Runner, format_for
 from attnsurgeon.export.images import image_files, read_images
 from attnsurgeon.export.inputs import example_inputs, size_of, tensors_of, trials
 from attnsurgeon.export.lending import lent_to, steady
@@ -91,14 +91,23 @@ def verify_export(
     own = gate_values(model)
     label = "open" if any(bool(value.any()) for value in own.values()) else "closed"
     precision = _precision_of(opened, file)
+    holds, run = opened.holds, opened.run
+    del opened
+    seen: dict[str, str] = {}
+    of_images: list[Check] = []
+    if images is not None:
+        if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or inputs[0].shape[1] != 3:
+            raise BadOption(f"--images is for networks of one RGB image; {file.name} takes others")
+        of_images, seen = _compare_images(run, model, inputs[0], Path(images), precision)
     is_int8 = precision.name == "int8"
     is_unrounded = is_int8 and kind.has_gates(file, own)
     near = UNROUNDED if is_unrounded else precision
-    with lent_to(model, batches, lambda own: opened.holds(precision.cast_gates(own))) as lent:
-        is_changed = bool(lent) or is_unrounded
-        run = kind.open(file, precision.cast_gates(lent)).run if is_changed else opened.run
+    with lent_to(model, batches, lambda own: holds(precision.cast_gates(own))) as lent:
+        if lent or is_unrounded:
+            run = kind.open(file, precision.cast_gates(lent)).run
         drawn = [steady(model, own, batch) for batch in batches]
         checks = check_file(run, model, own, label, drawn, near)
+        del run  # what holds its weights ends before they are read again
         if own and kind.has_gates(file, own):
             smallest = min(batches, key=lambda b: tensors_of(b)[0].numel())
             is_own = precision.name not in HALVES or precision_of(model, None) == precision
@@ -107,19 +116,7 @@ def verify_export(
             run = kind.open(file, precision.cast_gates({**values, **lent})).run
             drawn = [steady(model, values, batch) for batch in batches]
             checks += check_file(run, model, values, "open", drawn, near)
-    seen: dict[str, str] = {}
-    if images is not None:
-        if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or inputs[0].shape[1] != 3:
-            raise BadOption(f"--images is for networks of one RGB image; {file.name} takes others")
-        files = image_files(Path(images))
-        parts = [
-            (part.to(inputs[0]),) for part in read_images(files, card_of(model), size_of(inputs))
-        ]
-        checks += check_file(opened.run, model, own, "images", list(parts), precision)
-        seen = {
-            str(name): _class_of(model, run_with_gates(model, own, part))
-            for name, part in zip(files, parts, strict=True)
-        }
+    checks += of_images
     failed = [
         check
         for check in checks
@@ -134,6 +131,21 @@ def verify_export(
         )
     unseen = (_UNSEEN.format(file.name),) if is_int8 and images is None else ()
     return Agreement(str(file), kind.name_of(file), tuple(checks), seen, unseen)
+
+
+def _compare_images(
+    run: Runner, model: nn.Module, like: Tensor, folder: Path, precision: Precision
+) -> tuple[list[Check], dict[str, str]]:
+    """Compare on each image of a folder, and return what class the model sees in it.
+
+    Raises:
+        BadFile: there are none, or one cannot be read.
+    """
+    own, files = gate_values(model), image_files(folder)
+    parts = [(part.to(like),) for part in read_images(files, card_of(model), size_of((like,)))]
+    checks = check_file(run, model, own, "images", list(parts), precision)
+    classes = (_class_of(model, run_with_gates(model, own, part)) for part in parts)
+    return checks, dict(zip(map(str, files), classes, strict=True))
 
 
 def _precision_of(opened: Opened, file: Path) -> Precision:

@@ -24,6 +24,8 @@ _CONVOLUTIONS = (
     torch.ops.aten.conv2d.padding,
     torch.ops.aten.conv3d.default,
 )
+_AT_ONCE = 2**20
+"""Numbers of a weight that stand in memory in float64: large ones have 50 times as many."""
 _NORM = torch.ops.aten.batch_norm.default
 
 
@@ -73,16 +75,27 @@ def _fold(program: ExportedProgram, norm: Node, names: dict[str, str]) -> None:
     state = program.state_dict
     weight, shift, mean, var = (state[names[node.name]].double() for node in tensors)
     scale = weight / (var + eps).sqrt()
-    filters = state[names[conv.args[1].name]]
+    filters = names[conv.args[1].name]
     old = conv.args[2] if len(conv.args) > 2 else None
     bias = 0.0 if old is None else state[names[old.name]].double()
-    per_filter = scale.reshape(-1, *[1] * (filters.ndim - 1))
-    _replace(state, names[conv.args[1].name], filters.double() * per_filter)
+    _replace(state, filters, _scaled(state[filters], scale))
     # The norm's shift is where the bias of the folded convolution goes: it may have had none.
     _replace(state, names[tensors[1].name], (bias - mean) * scale + shift)
     conv.args = (*conv.args[:2], tensors[1], *conv.args[3:])
     norm.replace_all_uses_with(conv)
     norm.graph.erase_node(norm)
+
+
+@torch.no_grad()
+def _scaled(filters: Tensor, scale: Tensor) -> Tensor:
+    """Return filters, each times its scale in float64, some of them at a time."""
+    scaled = torch.empty_like(filters)
+    count = max(1, _AT_ONCE // filters[0].numel())
+    per_filter = scale.reshape(-1, *[1] * (filters.ndim - 1))
+    parts = (tensor.split(count) for tensor in (scaled, filters, per_filter))
+    for whole, part, factors in zip(*parts, strict=True):
+        whole.copy_(part.double() * factors)
+    return scaled
 
 
 def _replace(state: dict[str, Any], name: str, value: Tensor) -> None:

@@ -26,7 +26,7 @@ from attnsurgeon.export.format import (
 from attnsurgeon.export.fresh import FreshProcess
 from attnsurgeon.export.inputs import Inputs, tensors_of
 from attnsurgeon.export.last_norms import last_norms_written_out
-from attnsurgeon.export.onnx_data import DATA, refer_to
+from attnsurgeon.export.onnx_data import DATA, check_data, refer_to
 from attnsurgeon.export.onnx_file import read_file, write_file
 from attnsurgeon.export.onnx_mend import mend
 from attnsurgeon.export.onnx_runtime import newest_ir, newest_opset
@@ -139,6 +139,11 @@ class _OnnxDraft(Draft):
         self.model.metadata_props.update(self.metadata)
         write_file(self.model, path, gates)
 
+    def __del__(self) -> None:
+        """Let go of the weights: onnxscript's rules keep the graph that they saw last."""
+        for value in self.model.graph.initializers.values():
+            value.const_value = None
+
 
 @contextmanager
 def _as_inputs(model: Any, names: Iterable[str]) -> Iterator[None]:
@@ -225,6 +230,7 @@ class Onnx(Format):
         import onnx
 
         file = read_file(path)
+        check_data(path, file.beside.values())
         try:
             onnx.checker.check_model(str(path), full_check=True)
         except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:

@@ -21,13 +21,13 @@ from torch import Tensor
 
 from attnsurgeon.errors import BadFile
 from attnsurgeon.export.inputs import free_axes
-from attnsurgeon.export.onnx_data import DATA, placed_outside, write_data
+from attnsurgeon.export.onnx_data import DATA, placed_outside, sign, write_data
 
 if TYPE_CHECKING:
     import onnx
 
 _GRAPH, _INITIALIZER = 7, 5
-_TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW = 2, 8, 9
+_TENSOR_TYPE, _TENSOR_NAME, _TENSOR_RAW, _TENSOR_BESIDE = 2, 8, 9, 13
 
 MOST_BYTES = 2**31 - 1
 """The largest message that protobuf reads."""
@@ -64,6 +64,8 @@ def write_file(model: Any, path: Path, inside: Collection[str] = ()) -> None:
     held = len(graph) + heads + sum(value.nbytes for value in values)
     large = {name: value for name, value in tensors.items() if name not in inside}
     outside = placed_outside(large, path.name + DATA) if held > MOST_BYTES else {}
+    if outside:
+        sign(outside.values(), write_data(path.with_name(path.name + DATA), outside, tensors))
     messages = [
         outside[name].SerializeToString() if name in outside else _head_of(value, name)
         for name, value in zip(tensors, values, strict=True)
@@ -80,8 +82,6 @@ def write_file(model: Any, path: Path, inside: Collection[str] = ()) -> None:
             stream.write(message)
             if size:
                 stream.write(value.tobytes())
-    if outside:
-        write_data(path.with_name(path.name + DATA), outside, tensors)
 
 
 def _head_of(tensor: Any, name: str) -> bytes:
@@ -105,12 +105,14 @@ class OnnxFile:
         spots: name of a tensor -> first and last byte of its values in the file; none where they
             lie in a second one.
         kinds: name of a tensor -> number of its ONNX data type.
+        beside: name of a tensor in a second file -> what is told of where it is.
     """
 
     path: Path
     header: onnx.ModelProto
     spots: Mapping[str, tuple[int, int]]
     kinds: Mapping[str, int]
+    beside: Mapping[str, Mapping[str, str]]
 
     @property
     def opset(self) -> int | None:
@@ -193,6 +195,7 @@ def read_file(path: Path) -> OnnxFile:
 
     spots: dict[str, tuple[int, int]] = {}
     kinds: dict[str, int] = {}
+    beside: dict[str, dict[str, str]] = {}
     outside, inside = bytearray(), bytearray()
     try:
         with path.open("rb") as stream, mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ) as m:
@@ -203,13 +206,16 @@ def read_file(path: Path) -> OnnxFile:
                 for inner, inner_key, first, last in _fields(m, start, end):
                     if inner != _INITIALIZER:
                         inside += m[inner_key:last]
-                    else:
-                        _note(m, first, last, spots, kinds)
+                        continue
+                    name, spot, kind, told = _read_tensor(m, first, last)
+                    spots[name], kinds[name] = spot, kind
+                    if told:
+                        beside[name] = told
         whole = bytes(outside) + _key(_GRAPH) + _varint(len(inside)) + bytes(inside)
         header = onnx.ModelProto.FromString(whole)
     except (ValueError, IndexError, DecodeError) as error:
         raise BadFile(f"{path.name} is no ONNX file: {error}") from error
-    return OnnxFile(path, header, spots, kinds)
+    return OnnxFile(path, header, spots, kinds, beside)
 
 
 def _bytes_of(value: Tensor) -> bytes:
@@ -217,11 +223,14 @@ def _bytes_of(value: Tensor) -> bytes:
     return raw
 
 
-def _note(
-    data: mmap.mmap, start: int, end: int, spots: dict[str, tuple[int, int]], kinds: dict[str, int]
-) -> None:
-    """Enter where one tensor's values are, and of what type."""
+def _read_tensor(
+    data: mmap.mmap, start: int, end: int
+) -> tuple[str, tuple[int, int], int, dict[str, str]]:
+    """Return a tensor's name, where its values are, their type, and what tells of another file."""
+    import onnx
+
     name, spot, kind = "", (0, 0), 0
+    told: dict[str, str] = {}
     for number, _, first, last in _fields(data, start, end):
         if number == _TENSOR_NAME:
             name = data[first:last].decode()
@@ -229,7 +238,10 @@ def _note(
             spot = (first, last)
         elif number == _TENSOR_TYPE:
             kind = _read_varint(data, first)[0]
-    spots[name], kinds[name] = spot, kind
+        elif number == _TENSOR_BESIDE:
+            entry = onnx.StringStringEntryProto.FromString(data[first:last])
+            told[entry.key] = entry.value
+    return name, spot, kind, told
 
 
 def _fields(data: mmap.mmap, start: int, end: int) -> Iterator[tuple[int, int, int, int]]:
