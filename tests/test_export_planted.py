@@ -7,7 +7,7 @@ import pytest
 import attnsurgeon
 from attnsurgeon.errors import ExportDiffers
 from attnsurgeon.export import onnx as onnx_format
-from attnsurgeon.export import onnx_dynamo, onnx_file, torchscript
+from attnsurgeon.export import onnx_file, torchscript
 from tests import exports
 from tests.exports import Planted, cross_two_gates, fix_the_batch, flatten_attention, shift_a_weight
 
@@ -70,9 +70,9 @@ class TestWrongAnswersAreCaught:
         )
 
     def test_an_axis_fixed_by_the_exporter(self, operated, tmp_path, monkeypatch):
-        export = onnx_dynamo.export_program
+        export = program.export_program
         monkeypatch.setattr(
-            onnx_dynamo,
+            program,
             "export_program",
             lambda model, inputs, free: export(model, inputs, free=()),
         )
