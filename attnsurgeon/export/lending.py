@@ -102,8 +102,8 @@ def lent_to(
         for seed in range(DRAWS):
             _fill(model, layers, batches[0], seed)
             lent = {name: parameter.detach().clone() for name, parameter in own.items()}
-            moved = _moved(model, batches, opened, lent)
-            if moved < least:
+            moved = _moved(model, batches)
+            if moved < least and _stays(model, batches, opened, lent):
                 best, least = lent, moved
             if least < SHAKY:
                 break
@@ -132,29 +132,37 @@ def _is_comparable(
 ) -> bool:
     """Tell whether there is something to compare, and rounding alone leaves it where it is."""
     try:
-        return _moved(model, batches, opened, lent) < SHAKY
+        return _moved(model, batches) < SHAKY and _stays(model, batches, opened, lent)
     except ExportRefused:  # opening its gates moves nothing of what it finds with its own weights
         return False
 
 
-def _moved(
-    model: nn.Module, batches: list[Inputs], opened: Opened | None, lent: Mapping[str, Tensor]
-) -> float:
+def _moved(model: nn.Module, batches: list[Inputs]) -> float:
     """Return the share of the tolerance by which rounding moves what the model finds.
 
-    That is with its gates as they are and opened, on the images that steady chooses. It is infinite
-    where it finds nothing on some; then, or above 1, no more batches are run.
+    That is on the images that steady chooses; it is infinite where it finds nothing on some.
     """
     own, most = gate_values(model), 0.0
     if not all(tells(run_with_gates(model, own, inputs)) for inputs in batches):
         return float("inf")
-    for gates_of in (lambda: own, *(() if opened is None else (lambda: opened(lent),))):
-        gates = gates_of()
-        for inputs in batches:
-            most = max(most, steadiest(model, gates, inputs)[1])
-            if not most < 1:
-                return most
+    for inputs in batches:
+        most = max(most, steadiest(model, own, inputs)[1])
+        if not most < 1:
+            break
     return most
+
+
+def _stays(
+    model: nn.Module, batches: list[Inputs], opened: Opened | None, lent: Mapping[str, Tensor]
+) -> bool:
+    """Tell whether it finds something with its gates opened, too, that rounding does not decide.
+
+    By how much rounding may move it there is the affair of who opens them.
+    """
+    if opened is None:
+        return True
+    gates = opened(lent)
+    return all(steadiest(model, gates, inputs)[1] < 1 for inputs in batches)
 
 
 def layers_behind(model: nn.Module, inputs: Inputs) -> dict[str, float]:
