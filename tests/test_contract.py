@@ -224,9 +224,12 @@ def test_the_cases_are_not_empty():
     assert {placement for _, _, placement in offered} == set(PLACEMENTS)
 
 
-@pytest.mark.parametrize("suffix", [".onnx", ".pt"])
+FORMATS = {"onnx": ".onnx", "torchscript": ".pt", "frozen": ".pt", "program": ".pt2"}
+
+
+@pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("name", hosts.NAMES)
-def test_exported(name, suffix, tmp_path):
+def test_exported(name, kind, tmp_path):
     """Export a host with FULL at every placement it has, each at sites of its own.
 
     The others are exported by themselves, with opened gates: see test_blocks_dims.
@@ -234,7 +237,8 @@ def test_exported(name, suffix, tmp_path):
     operated = mixture(name)
     made = {(cut.block, cut.placement) for cut in cuts_of(operated)}
     assert made == {case[1:] for case in CASES if case[0] == name and hosts.offers(*case)}
-    artifact = attnsurgeon.export_model(operated, tmp_path / f"x{suffix}", example=EXAMPLE)
+    path = tmp_path / f"x{FORMATS[kind]}"
+    artifact = attnsurgeon.export_model(operated, path, example=EXAMPLE, optimize=kind == "frozen")
     assert {check.gates for check in artifact.checks} == {"closed", "open"}
     assert {check.batch for check in artifact.checks} == {1, 2, 5}
     assert len({check.size for check in artifact.checks}) == 3

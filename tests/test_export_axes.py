@@ -12,7 +12,7 @@ from attnsurgeon.export import verify_export
 from attnsurgeon.export.axes import fixed_by_file, fixed_by_network
 from attnsurgeon.export.format import format_for
 from attnsurgeon.export.inputs import batch_of, size_of, trials
-from attnsurgeon.export.onnx_dynamo import export_program
+from attnsurgeon.export.program import export_program
 from tests import exports
 
 PAIR = torch.zeros(2, 3, 32, 32)

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from attnsurgeon.export import terms
-from attnsurgeon.export.terms import move_terms
+from attnsurgeon.export.terms import gate_weights, move_terms
 from attnsurgeon.gate import named_gates
 from tests.test_export_early import IMAGE, operated
 from tests.test_export_early import rewritten as read_early
@@ -15,7 +15,9 @@ ATEN = torch.ops.aten
 
 def rewritten(model):
     program, _ = read_early(model)
-    return program, move_terms(program)
+    moved = move_terms(program)
+    gate_weights(program)
+    return program, moved
 
 
 def outputs(program, model):

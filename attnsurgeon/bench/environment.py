@@ -61,7 +61,7 @@ def describe(
     driver = ask_nvidia(device, "driver_version") if is_cuda else None
     return {
         "command": command,
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "usable_cores": usable,
         "governor": governor(),
@@ -101,7 +101,8 @@ def _doubts(load: float, cores: int) -> list[str]:
     ]
 
 
-def _cpu_name() -> str:
+def cpu_name() -> str:
+    """Return the model of the processor, as the system tells it."""
     table = Path("/proc/cpuinfo")
     if table.is_file():
         for line in table.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from attnsurgeon.errors import ExportRefused, MissingPackage, first_line
-from attnsurgeon.export.onnx_dynamo import logs_held_back
+from attnsurgeon.export.program import logs_held_back
 from attnsurgeon.export.worker import input_shapes
 
 if TYPE_CHECKING:

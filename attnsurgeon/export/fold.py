@@ -8,6 +8,7 @@ before they are translated.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,24 +27,30 @@ _CONVOLUTIONS = (
 _NORM = torch.ops.aten.batch_norm.default
 
 
-def fold_norms(program: ExportedProgram) -> int:
+def fold_norms(program: ExportedProgram, kept: Collection[str] = ()) -> int:
     """Fold each norm that alone reads a convolution with weights of its own; return how many.
 
-    The program's own tensors change; those of the model that it was made from do not.
+    The program's own tensors change; those of the model that it was made from do not. Tensors of
+    the names in `kept` stay as they are: a norm can be a gate, which is found by its name.
     """
     graph = program.graph
     names = {
         **program.graph_signature.inputs_to_parameters,
         **program.graph_signature.inputs_to_buffers,
     }
-    norms = [node for node in graph.nodes if node.target is _NORM and _can_fold(node, names)]
+    free = {node: path for node, path in names.items() if path not in kept}
+    norms = [node for node in graph.nodes if node.target is _NORM and _can_fold(node, free)]
+    read = {node.name for node in graph.nodes if node.name in names and node.users}
     for norm in norms:
         _fold(program, norm, names)
-    unread = {node.name for node in graph.nodes if node.name in names and not node.users}
+    # What nothing read before stays: the second name of a module that stands in two places.
+    unread = {node.name for node in graph.nodes if node.name in read and not node.users}
     for node in [node for node in graph.nodes if node.name in unread]:
         graph.erase_node(node)
     signature = program.graph_signature
     signature.input_specs = [s for s in signature.input_specs if s.arg.name not in unread]
+    for name in unread:  # else they would stay in a file of the program
+        program.state_dict.pop(names[name])
     program.graph_module.recompile()
     return len(norms)
 

@@ -27,7 +27,6 @@ from attnsurgeon.export.fresh import FreshProcess
 from attnsurgeon.export.inputs import Inputs, tensors_of
 from attnsurgeon.export.last_norms import last_norms_written_out
 from attnsurgeon.export.onnx_data import DATA, refer_to
-from attnsurgeon.export.onnx_dynamo import logs_held_back
 from attnsurgeon.export.onnx_file import read_file, write_file
 from attnsurgeon.export.onnx_mend import mend
 from attnsurgeon.export.onnx_runtime import newest_ir, newest_opset
@@ -35,6 +34,7 @@ from attnsurgeon.export.onnx_shapes import write_constant_shapes
 from attnsurgeon.export.onnx_unrounded import NOTE, write_unrounded
 from attnsurgeon.export.pools import rewrite_pools
 from attnsurgeon.export.precision import refuse_precision
+from attnsurgeon.export.program import logs_held_back
 from attnsurgeon.gate import named_gates
 
 EXPORTERS = ("auto", "dynamo", "torchscript")

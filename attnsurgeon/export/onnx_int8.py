@@ -18,9 +18,9 @@ from torch import Tensor
 
 from attnsurgeon.errors import ExportRefused, first_line
 from attnsurgeon.export.format import Draft
-from attnsurgeon.export.onnx_dynamo import logs_held_back
 from attnsurgeon.export.onnx_file import read_file
 from attnsurgeon.export.onnx_unrounded import note_clamps
+from attnsurgeon.export.program import logs_held_back
 
 _MOVING = ("Reshape", "Transpose", "Flatten", "Squeeze", "Unsqueeze", "Mul", "Div", "MatMul")
 """What stands between a layer and the softmax that reads it."""

@@ -22,21 +22,28 @@ _CONV, _ADD, _MUL = _ATEN.conv2d.default, _ATEN.add.Tensor, _ATEN.mul.Tensor
 
 def move_terms(program: ExportedProgram) -> int:
     """Rewrite `(y + t) + x` as `y + (x + t)` where y is of a convolution; return how often."""
+    count = sum(_join_shortcut(node) for node in list(program.graph.nodes) if _is_term_added(node))
+    program.graph.eliminate_dead_code()
+    program.graph_module.recompile()
+    return count
+
+
+def gate_weights(program: ExportedProgram) -> int:
+    """Move gates that scale a small convolution's result into its weights; return how many.
+
+    It pays where the product is computed once, when a file is loaded, and not in every run.
+    """
     gates = {
         name
         for name, path in program.graph_signature.inputs_to_parameters.items()
         if path.endswith(".openness")
     }
-    count = 0
-    for node in list(program.graph.nodes):
-        if _is_term_added(node):
-            count += _join_shortcut(node)
-    for node in list(program.graph.nodes):
-        if _is_gated_convolution(node, gates):
-            _gate_weights(node)
+    found = [node for node in program.graph.nodes if _is_gated_convolution(node, gates)]
+    for node in found:
+        _gate_weights(node)
     program.graph.eliminate_dead_code()
     program.graph_module.recompile()
-    return count
+    return len(found)
 
 
 def _is_term_added(node: Node) -> bool:

@@ -26,8 +26,9 @@ from attnsurgeon.export.format import (
 )
 from attnsurgeon.export.fresh import FreshProcess
 from attnsurgeon.export.inputs import Inputs, free_axes, on_cpu
-from attnsurgeon.export.onnx_dynamo import export_program
 from attnsurgeon.export.precision import HALVES, refuse_precision
+from attnsurgeon.export.program import rewritten_program
+from attnsurgeon.export.scales import join_scales
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram  # 0.1 s that only an export need wait for
@@ -99,7 +100,8 @@ class TorchProgram(Format):
         self.check(settings)
         if settings.compile:
             compiled.check_device(model)
-        program = export_program(model, inputs, free=settings.free)
+        program = rewritten_program(model, inputs, free=settings.free)
+        join_scales(program)
         return (_CompiledDraft if settings.compile else _ProgramDraft)(program, metadata)
 
     def open(self, path: Path, gates: Mapping[str, Tensor] | None = None) -> Opened:

@@ -1,4 +1,8 @@
-"""TorchScript, scripted where that works, else traced. The one file that knows torch.jit."""
+"""TorchScript, scripted where that works, else traced. The one file that knows torch.jit.
+
+What is to be frozen is first rewritten so that attention costs less, where torch.export takes the
+network, and traced from that.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from attnsurgeon.borrow import borrowed_modes
 from attnsurgeon.errors import BadFile, ExportRefused
@@ -27,6 +31,8 @@ from attnsurgeon.export.format import (
 from attnsurgeon.export.fresh import FreshProcess
 from attnsurgeon.export.inputs import Inputs, on_cpu
 from attnsurgeon.export.precision import HALVES, refuse_precision
+from attnsurgeon.export.program import rewritten_program
+from attnsurgeon.export.scales import join_scales
 
 NOTICE = (
     "TorchScript is deprecated as of torch 2.11: the file runs where torch.jit still is; "
@@ -133,6 +139,8 @@ class TorchScript(Format):
             ExportRefused: neither works.
         """
         self.check(settings)
+        if settings.optimize and (rewritten := _rewritten(model, inputs, settings.free)):
+            return _ScriptDraft(rewritten, True, metadata, frozen=True)
         scripted, is_scripted = _make(model, inputs)
         if not is_scripted:
             _check_trace(model, inputs, scripted, settings.free)
@@ -155,6 +163,29 @@ class TorchScript(Format):
     def has_gates(self, path: Path, gates: Collection[str]) -> bool:
         """Tell whether the file has parameters still: one that was frozen has none."""
         return any(True for _ in load_torchscript(path)[0].parameters())
+
+
+def _rewritten(
+    model: nn.Module, inputs: Inputs, free: Collection[str]
+) -> torch.jit.ScriptModule | None:
+    """Return the network with its attention rewritten, or none where that cannot be traced."""
+    try:
+        program = rewritten_program(model, inputs, free=free)
+    except ExportRefused:  # it may still be scripted
+        return None
+    if any(node.target is torch.ops.aten.sym_size.int for node in program.graph.nodes):
+        return None  # a trace would hold the sizes that it was made with
+    join_scales(program)
+    module = program.module(check_guards=False)
+    plain = fx.GraphModule(module, module.graph)  # it checks no inputs, which cannot be traced
+    with _quiet(), torch.no_grad():
+        try:
+            traced: torch.jit.ScriptModule = torch.jit.trace(
+                plain, inputs, check_trace=False, strict=False
+            )
+        except RuntimeError:
+            return None
+    return traced
 
 
 def _set(module: torch.jit.ScriptModule, gates: Mapping[str, Tensor]) -> None:
