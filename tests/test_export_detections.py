@@ -12,13 +12,13 @@ from torchvision.ops import batched_nms
 
 import attnsurgeon
 from attnsurgeon.errors import ExportDiffers, ExportRefused
-from attnsurgeon.export import lending, onnx_traced, opening, verify_export
+from attnsurgeon.export import calm, lending, onnx_traced, opening, verify_export
 from attnsurgeon.export import onnx as onnx_format
 from attnsurgeon.export.detections import Detections, outputs_of
-from attnsurgeon.export.inputs import resized, size_of
+from attnsurgeon.export.inputs import example_inputs, resized, size_of, trials
 from attnsurgeon.export.onnx_file import read_file
 from attnsurgeon.export.opening import open_gates
-from attnsurgeon.export.proof import compare_outputs
+from attnsurgeon.export.proof import compare_outputs, gate_values, run_with_gates
 from tests import exports
 from tests.exports import Planted, shift_a_weight
 
@@ -56,6 +56,15 @@ class Ranked(Detector):
         return {"boxes": boxes, "scores": scores, "labels": torch.zeros_like(scores).long()}
 
 
+class Fading(Ranked):
+    """Finds less the wider an image is, so that an opened gate can leave nothing of it."""
+
+    def find(self, features: torch.Tensor):
+        found = super().find(features)
+        kept = torch.where(found["scores"] > features.shape[-1] / 12)[0]
+        return {name: part[kept] for name, part in found.items()}
+
+
 class Leaving(Detector):
     """Leaves early where it finds nothing, as the heads of torchvision's R-CNNs do."""
 
@@ -70,6 +79,17 @@ class Leaving(Detector):
 def detector():
     torch.manual_seed(0)
     return Detector().eval()
+
+
+def filled(model, given):
+    """Return a detector that says a lot about such images."""
+    lending._fill(model, lending.layers_behind(model, given), given, 0)
+    return model
+
+
+def runs(model):
+    """Return what the model is compared on."""
+    return trials(model, example_inputs(model, IMAGES, None))
 
 
 def found(count=6):
@@ -181,10 +201,37 @@ class TestLending:
             )
 
     def test_weights_that_say_enough_are_left_alone(self, tmp_path):
-        model = detector()
-        lending._fill(model, lending.layers_behind(model, (IMAGES,)), (IMAGES,), 0)
+        model = filled(detector(), runs(detector())[0])
         made = attnsurgeon.export_model(model, tmp_path / "x.pt", example=IMAGES)
         assert not any("random" in notice for notice in made.notices)
+
+    def test_scores_that_are_equal(self, tmp_path):
+        """Of what overlaps each engine keeps another; moving the images does not show it."""
+        model = filled(detector(), (IMAGES,))  # grey: in noise, scores are exactly 1
+        batch = runs(model)[1]
+        scores = run_with_gates(model, {}, batch).field("scores")
+        assert all(len(each.unique()) < len(each) - 5 for each in scores)
+        assert calm.steadiest(model, {}, batch)[1] > 1
+        made = attnsurgeon.export_model(model, tmp_path / "x.pt", example=IMAGES)
+        assert "scores.weight and 1 other tensors held random numbers" in made.notices[-1]
+
+    def test_weights_that_say_nothing_with_gates_open(self, tmp_path):
+        torch.manual_seed(0)
+        model = attnsurgeon.insert_attention(
+            Fading().eval(), "se", example=(IMAGES,), at="features.1", reduction=4
+        )
+        batches = runs(model)
+        filled(model, batches[0])
+        with torch.no_grad():
+            model.scores.weight.mul_(0.6)
+        values = opening.open_gates(model, batches[0]).values
+        assert calm.steadiest(model, gate_values(model), batches[1])[1] < lending.SHAKY
+        assert calm.steadiest(model, values, batches[1])[1] == float("inf")
+        path = tmp_path / "x.onnx"
+        made = attnsurgeon.export_model(model, path, example=IMAGES, exporter="torchscript")
+        assert [check.gates for check in made.checks] == ["closed"] * 3 + ["open"] * 3
+        assert "scores.weight and 1 other tensors held random numbers" in made.notices[-1]
+        assert len(verify_export(path, model).checks) == 6
 
     def test_a_wrong_weight_in_the_place_of_which_another_was_lent(self, tmp_path, monkeypatch):
         model = detector()
@@ -251,8 +298,9 @@ class TestLending:
 
     def test_a_classifier_runs_no_more_often(self, monkeypatch):
         monkeypatch.setattr(lending, "run_with_gates", None)
+        monkeypatch.setattr(calm, "run_with_gates", None)
         model, batches = nn.Linear(2, 2), [(torch.zeros(1, 2),)]
-        assert lending.steady(model, {}, batches[0]) is batches[0]
+        assert calm.steady(model, {}, batches[0]) is batches[0]
         with lending.lent_to(model, batches, set) as lent:
             assert lent == {}
 
@@ -262,12 +310,12 @@ class TestLending:
         def compare(want, have, tolerance):
             return 0.0, next(moved), 1.0, 1.0, True
 
-        monkeypatch.setattr(lending, "compare_outputs", compare)
-        monkeypatch.setattr(lending, "_tells", lambda outputs: True)
-        drawn = lending.steady(model, {}, (IMAGES,))
-        assert torch.equal(drawn[0][0], lending._redrawn((IMAGES,), 3)[0][0])
-        monkeypatch.setattr(lending, "DRAWS", 0)
-        assert lending.steady(model, {}, (IMAGES,)) == (IMAGES,)
+        monkeypatch.setattr(calm, "compare_outputs", compare)
+        monkeypatch.setattr(calm, "tells", lambda outputs: True)
+        drawn = calm.steady(model, {}, (IMAGES,))
+        assert torch.equal(drawn[0][0], calm._redrawn((IMAGES,), 3)[0][0])
+        monkeypatch.setattr(calm, "DRAWS", 0)
+        assert calm.steady(model, {}, (IMAGES,)) == (IMAGES,)
 
 
 def test_every_second_image_lies_on_its_side():

@@ -7,7 +7,7 @@ import pytest
 import attnsurgeon
 from attnsurgeon.errors import ExportDiffers
 from attnsurgeon.export import onnx as onnx_format
-from attnsurgeon.export import onnx_file, torchscript
+from attnsurgeon.export import onnx_file, program, torchscript
 from tests import exports
 from tests.exports import Planted, cross_two_gates, fix_the_batch, flatten_attention, shift_a_weight
 

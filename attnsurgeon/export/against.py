@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from attnsurgeon.card import card_of
 from attnsurgeon.errors import BadFile, BadOption, ExportDiffers
+from attnsurgeon.export.calm import steady
 from attnsurgeon.export.format import Opened, Runner, format_for
 from attnsurgeon.export.images import image_files, read_images
 from attnsurgeon.export.inputs import example_inputs, size_of, tensors_of, trials
-from attnsurgeon.export.lending import lent_to, steady
-from attnsurgeon.export.opening import opening_for
+from attnsurgeon.export.lending import lent_to
+from attnsurgeon.export.opening import Opener
 from attnsurgeon.export.precision import (
     HALVES,
     PRECISIONS,
@@ -102,17 +103,21 @@ def verify_export(
     is_int8 = precision.name == "int8"
     is_unrounded = is_int8 and kind.has_gates(file, own)
     near = UNROUNDED if is_unrounded else precision
-    with lent_to(model, batches, lambda own: holds(precision.cast_gates(own))) as lent:
+    opener = None
+    if own and kind.has_gates(file, own):
+        smallest = min(batches, key=lambda b: tensors_of(b)[0].numel())
+        is_own = precision.name not in HALVES or precision_of(model, None) == precision
+        cast = None if is_own else lowered(model, precision, inputs)
+        opener = Opener(model, smallest, precision, cast)
+    ask = None if opener is None else opener.values_with
+    with lent_to(model, batches, lambda own: holds(precision.cast_gates(own)), ask) as lent:
         if lent or is_unrounded:
             run = kind.open(file, precision.cast_gates(lent)).run
         drawn = [steady(model, own, batch) for batch in batches]
         checks = check_file(run, model, own, label, drawn, near)
         del run  # what holds its weights ends before they are read again
-        if own and kind.has_gates(file, own):
-            smallest = min(batches, key=lambda b: tensors_of(b)[0].numel())
-            is_own = precision.name not in HALVES or precision_of(model, None) == precision
-            cast = None if is_own else lowered(model, precision, inputs)  # with what is lent
-            values = opening_for(model, smallest, precision, cast).values
+        if opener is not None:
+            values = opener.made_with(lent).values
             run = kind.open(file, precision.cast_gates({**values, **lent})).run
             drawn = [steady(model, values, batch) for batch in batches]
             checks += check_file(run, model, values, "open", drawn, near)

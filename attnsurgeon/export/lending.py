@@ -1,11 +1,12 @@
-"""Inputs and weights with which a detector says enough to be compared.
+"""Weights with which a detector says enough to be compared.
 
 A detector keeps what scores above a threshold and drops what overlaps. With random weights it may
 find nothing, score in the hundreds, where rounding is as large as what is told apart, or score
 everything alike: torchvision's SSDlite shrinks its signal to 1e-15, so that all 294,000 scores of
 an image are exactly 1/91 and the first 300 are those that the sort leaves in front. Trained ones
-may find nothing in noise. Either way outputs tell nothing about the file. Then the layers behind
-its backbone hold random numbers for the time of the check, in the model and in the file; the
+may find nothing in noise. Opened gates shrink the signal again: torchvision's RetinaNet then finds
+nothing in its largest images. Either way outputs tell nothing about the file. Then the layers
+behind its backbone hold random numbers for the time of the check, in the model and in the file; the
 file's own are compared byte for byte instead.
 """
 
@@ -17,7 +18,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
 
 from attnsurgeon.borrow import (
     borrowed_buffers,
@@ -27,23 +27,20 @@ from attnsurgeon.borrow import (
     borrowed_values,
 )
 from attnsurgeon.errors import ExportRefused
+from attnsurgeon.export.calm import steadiest, tells
 from attnsurgeon.export.detections import Detections, outputs_of
 from attnsurgeon.export.format import leaves
 from attnsurgeon.export.inputs import Inputs
-from attnsurgeon.export.proof import compare_outputs, gate_values, run_with_gates, tolerance_of
+from attnsurgeon.export.proof import gate_values, run_with_gates
 
 SPREAD = 1.0
 """Standard deviation of what layers give that lead to scores: enough that some pass a threshold."""
 FINE_SPREAD = 0.1
 """The same for boxes, masks and keypoints: anchors are large, and rounding grows with them."""
-DIFFERENT = 5
-"""Scores at least, among more objects: fewer are those of a network that is silent inside."""
 DRAWS = 8
-"""Of images, or of weights, of which one is taken where rounding decides nothing."""
-CALM = 0.05
-"""Of the tolerance: where rounding moves no more than that, no other images are tried."""
+"""Of weights, of which one is taken where rounding decides nothing."""
 SHAKY = 0.1
-"""Of the tolerance: two engines differ by some ten times what rounding of the input moves."""
+"""Of the tolerance: two engines differ by some ten times what rounding moves."""
 
 REMEDY = "give weights with which it finds something"
 NOTICE = (
@@ -52,9 +49,16 @@ NOTICE = (
 )
 
 
+Opened = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
+"""Tells with which gates a model is compared too, while it is lent such numbers."""
+
+
 @contextmanager
 def lent_to(
-    model: nn.Module, batches: list[Inputs], holds: Callable[[Mapping[str, Tensor]], set[str]]
+    model: nn.Module,
+    batches: list[Inputs],
+    holds: Callable[[Mapping[str, Tensor]], set[str]],
+    opened: Opened | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Lend random numbers to the layers of a detector that says nothing; yield them by name.
 
@@ -64,12 +68,17 @@ def lent_to(
         model: the network; it is given back as it was.
         batches: what it will be compared on.
         holds: tells which of these tensors the file has, by their names and byte for byte.
+        opened: is asked, where it is compared with opened gates too: there it must find something.
 
     Raises:
         ExportRefused: it says nothing whatever it is lent, or the file's layers are out of reach.
     """
-    if not batches or not isinstance(batches[0][0], list) or _is_comparable(model, batches):
-        yield {}
+    nothing: dict[str, Tensor] = {}
+    if not batches or not isinstance(batches[0][0], list):
+        yield nothing
+        return
+    if _is_comparable(model, batches, opened, nothing):
+        yield nothing
         return
     layers = layers_behind(model, batches[0])
     own = {
@@ -89,15 +98,23 @@ def lent_to(
             f"cannot be set in it; {REMEDY}"
         )
     with borrowed_values(list(own.values())):
+        best, least = nothing, 1.0
         for seed in range(DRAWS):
             _fill(model, layers, batches[0], seed)
-            if _tells_all(model, batches):
+            lent = {name: parameter.detach().clone() for name, parameter in own.items()}
+            moved = _moved(model, batches)
+            if moved < least and _stays(model, batches, opened, lent):
+                best, least = lent, moved
+            if least < SHAKY:
                 break
-        else:
+        if not best:
             raise ExportRefused(
-                f"{type(model).__name__} finds nothing, whatever its last layers hold; {REMEDY}"
+                f"{type(model).__name__} finds nothing, or what rounding decides, whatever its "
+                f"last layers hold; {REMEDY}"
             )
-        yield {name: parameter.detach().clone() for name, parameter in own.items()}
+        for name, parameter in own.items():
+            parameter.data.copy_(best[name])
+        yield best
 
 
 @contextmanager
@@ -110,78 +127,42 @@ def lent_alike(copy: nn.Module | None, lent: Mapping[str, Tensor]) -> Iterator[N
         yield
 
 
-def _is_comparable(model: nn.Module, batches: list[Inputs]) -> bool:
+def _is_comparable(
+    model: nn.Module, batches: list[Inputs], opened: Opened | None, lent: Mapping[str, Tensor]
+) -> bool:
     """Tell whether there is something to compare, and rounding alone leaves it where it is."""
-    gates = gate_values(model)
-    return _tells_all(model, batches) and all(
-        _steadiest(model, gates, inputs)[1] < SHAKY for inputs in batches
-    )
+    try:
+        return _moved(model, batches) < SHAKY and _stays(model, batches, opened, lent)
+    except ExportRefused:  # opening its gates moves nothing of what it finds with its own weights
+        return False
 
 
-def _tells_all(model: nn.Module, batches: list[Inputs]) -> bool:
-    """Tell whether there are objects in every image, and not all of one score."""
-    gates = gate_values(model)
-    return all(_tells(run_with_gates(model, gates, inputs)) for inputs in batches)
+def _moved(model: nn.Module, batches: list[Inputs]) -> float:
+    """Return the share of the tolerance by which rounding moves what the model finds.
 
-
-def _tells(outputs: list[Tensor]) -> bool:
-    if not isinstance(outputs, Detections):
-        return True
-    return all(
-        len(scores) > 0 and len(scores.unique()) >= min(len(scores), DIFFERENT)
-        for scores in outputs.field("scores")
-    )
-
-
-def steady(model: nn.Module, gates: Mapping[str, Tensor], inputs: Inputs) -> Inputs:
-    """Return images on which a detector's findings do not hang on rounding; other inputs as is.
-
-    Whether one box more overlaps too much can turn on the last bit: there two right engines would
-    disagree. The choice is made by the model alone: the images on which it is moved least.
+    That is on the images that steady chooses; it is infinite where it finds nothing on some.
     """
-    return _steadiest(model, gates, inputs)[0] if isinstance(inputs[0], list) else inputs
-
-
-def _steadiest(
-    model: nn.Module, gates: Mapping[str, Tensor], inputs: Inputs
-) -> tuple[Inputs, float]:
-    """Return the images of some draws that rounding moves least, and the share of the tolerance."""
-    best, least = inputs, float("inf")
-    for seed in range(DRAWS):
-        drawn = _redrawn(inputs, seed)
-        outputs = run_with_gates(model, gates, drawn)
-        if not isinstance(outputs, Detections):
-            return inputs, 0.0
-        tolerance = tolerance_of(outputs)
-        again = run_with_gates(model, gates, shaken(drawn))
-        moved = compare_outputs(outputs, again, tolerance)[1] / tolerance
-        if _tells(outputs) and moved < least:
-            best, least = drawn, moved
-        if least < CALM:
+    own, most = gate_values(model), 0.0
+    if not all(tells(run_with_gates(model, own, inputs)) for inputs in batches):
+        return float("inf")
+    for inputs in batches:
+        most = max(most, steadiest(model, own, inputs)[1])
+        if not most < 1:
             break
-    return best, least
+    return most
 
 
-def shaken(inputs: Inputs) -> Inputs:
-    """Return inputs whose numbers are some ten roundings away."""
+def _stays(
+    model: nn.Module, batches: list[Inputs], opened: Opened | None, lent: Mapping[str, Tensor]
+) -> bool:
+    """Tell whether it finds something with its gates opened, too, that rounding does not decide.
 
-    def shake(tensor: Tensor) -> Tensor:
-        if not tensor.is_floating_point():
-            return tensor
-        step = 10 * torch.finfo(tensor.dtype).eps
-        return tensor * (1 + step * torch.randn(tensor.shape).to(tensor))
-
-    with borrowed_randomness(2):
-        moved: Inputs = tree_map_only(Tensor, shake, inputs)
-    return moved
-
-
-def _redrawn(inputs: Inputs, seed: int) -> Inputs:
-    with borrowed_randomness(seed):
-        drawn: Inputs = tree_map_only(
-            Tensor, lambda part: torch.randn(part.shape).to(part.device, part.dtype), inputs
-        )
-    return drawn
+    By how much rounding may move it there is the affair of who opens them.
+    """
+    if opened is None:
+        return True
+    gates = opened(lent)
+    return all(steadiest(model, gates, inputs)[1] < 1 for inputs in batches)
 
 
 def layers_behind(model: nn.Module, inputs: Inputs) -> dict[str, float]:

@@ -10,9 +10,10 @@ from torch import Tensor, nn
 
 from attnsurgeon.borrow import borrowed_buffers, borrowed_numerics, borrowed_randomness
 from attnsurgeon.errors import ExportRefused
+from attnsurgeon.export.calm import shaken, steady
 from attnsurgeon.export.format import leaves
 from attnsurgeon.export.inputs import Inputs
-from attnsurgeon.export.lending import shaken, steady
+from attnsurgeon.export.lending import lent_alike
 from attnsurgeon.export.precision import Precision
 from attnsurgeon.export.proof import (
     compare_outputs,
@@ -45,6 +46,32 @@ class Opening:
 
     values: dict[str, Tensor]
     unseen: tuple[str, ...]
+
+
+class Opener:
+    """Opens the gates of a model for a check, anew whenever it is lent other numbers."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        inputs: Inputs,
+        precision: Precision,
+        cast: nn.Module | None = None,
+    ) -> None:
+        """Take what opening_for takes; the cast copy is lent what the model is."""
+        self._given = model, inputs, precision, cast
+        self._made: tuple[Mapping[str, Tensor], Opening] | None = None
+
+    def made_with(self, lent: Mapping[str, Tensor]) -> Opening:
+        """Return how far they are opened while the model is lent these numbers."""
+        if self._made is None or self._made[0] is not lent:
+            with lent_alike(self._given[-1], lent):
+                self._made = lent, opening_for(*self._given)
+        return self._made[1]
+
+    def values_with(self, lent: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return the gates' values of that."""
+        return self.made_with(lent).values
 
 
 def opening_for(

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from attnsurgeon.errors import BadOption, ExportDiffers
 from attnsurgeon.export.axes import fixed_by_file
+from attnsurgeon.export.calm import steady
 from attnsurgeon.export.format import Draft, Opened, Reader, Runner, Settings
 from attnsurgeon.export.inputs import Inputs, resized, size_of, tensors_of
 from attnsurgeon.export.lending import NOTICE as LENT
-from attnsurgeon.export.lending import lent_alike, lent_to, steady
-from attnsurgeon.export.opening import opening_for
+from attnsurgeon.export.lending import lent_to
+from attnsurgeon.export.opening import Opener
 from attnsurgeon.export.precision import PRECISIONS, Precision
 from attnsurgeon.export.proof import Check, check_file, gate_values
 from attnsurgeon.training.stripping import ungated
@@ -86,10 +87,9 @@ def prove(
     _check_header(written, settings)
     opset, holds, run = written.opset, written.holds, written.run
     del written
-    with (
-        lent_to(model, batches, lambda own: holds(precision.cast_gates(own))) as lent,
-        lent_alike(cast, lent),
-    ):
+    opener = Opener(model, min(batches, key=_pixels), precision, cast)
+    opened = opener.values_with if own else None
+    with lent_to(model, batches, lambda own: holds(precision.cast_gates(own)), opened) as lent:
         notices: tuple[str, ...] = (LENT.format(type(model).__name__, _list(lent)),) if lent else ()
         if lent:
             run = read(part, precision.cast_gates(lent)).run
@@ -100,7 +100,7 @@ def prove(
         del run
         if own:
             progress("checking it from disk, gates open")
-            opening = opening_for(model, min(batches, key=_pixels), precision, cast)
+            opening = opener.made_with(lent)
             values = opening.values
             if opening.unseen:
                 notices += (_UNSEEN.format(len(opening.unseen), len(own), opening.unseen[0]),)
