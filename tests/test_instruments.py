@@ -55,6 +55,11 @@ class TestInstrument:
         assert instrument.judge_median(ours, 10.2, 0.01, "x").passed
         assert not instrument.judge_median(ours, 11.5, 0.01, "x").passed
 
+    def test_another_clock_fails(self):
+        assert instrument.judge_clock(10.1, 10.0).passed
+        assert not instrument.judge_clock(9.7, 10.0).passed
+        assert not instrument.judge_clock(10.3, 10.0).passed
+
     def test_the_planted_delay_is_a_share_of_the_call(self, monkeypatch):
         now = [0]
 
