@@ -8,11 +8,12 @@ import pytest
 from attnsurgeon.bench import interval
 
 
-def rounds_of(random, truth, *, rounds=12, passes=8, between=0.005, within=0.03):
+def rounds_of(random, truth, *, rounds=12, passes=8, between=0.005, within=0.03, slower_only=True):
     """Return logs of times of both as a machine makes them: in each round one is in luck."""
+    shape = np.abs if slower_only else np.asarray
     both = [
         [
-            math.log(ratio) + random.normal(0, between) + np.abs(random.normal(0, within, passes))
+            math.log(ratio) + random.normal(0, between) + shape(random.normal(0, within, passes))
             for _ in range(rounds)
         ]
         for ratio in (truth, 1.0)
@@ -40,6 +41,13 @@ class TestInterval:
             interval.estimate(*rounds_of(random, 1.05, rounds=rounds), seed=i) for i in range(300)
         )
         assert sum(found.low <= 1.05 <= found.high for found in draws) >= 285
+
+    @pytest.mark.parametrize("rounds", [5, 16])
+    def test_and_hardly_less_often_where_noise_goes_both_ways(self, rounds):
+        random = np.random.default_rng(1)
+        both = (rounds_of(random, 1.05, rounds=rounds, slower_only=False) for _ in range(100))
+        draws = [interval.estimate(*sides, seed=i) for i, sides in enumerate(both)]
+        assert sum(found.low <= 1.05 <= found.high for found in draws) >= 90
 
     def test_of_few_rounds_it_reaches_beyond_the_extremes(self):
         # Once in sixteen times five rounds are all on one side of the truth, which percentiles

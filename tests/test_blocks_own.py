@@ -24,6 +24,8 @@ from tests import hosts
 from tests.conftest import contents, run_command
 
 ROOT = Path(__file__).parent.parent
+NULL_BYTES = "SyntaxError" if sys.version_info >= (3, 11, 4) else "ValueError"
+"""What Python itself makes of a file with null bytes."""
 EXAMPLE = ROOT / "examples" / "contrast_attention"
 CONTRAST = f"{EXAMPLE}/contrast_attention.py:ContrastAttention"
 MINE = """
@@ -251,7 +253,7 @@ class TestFile:
             ("def (:", "SyntaxError"),
             ("raise SystemExit(3)", "SystemExit: 3"),
             ("import no_such_package", "ModuleNotFoundError"),
-            ("\0", "null bytes"),  # a ValueError before Python 3.11.4
+            ("\0", f"{NULL_BYTES}: source code string cannot contain null bytes"),
             ("raise ValueError", "ValueError"),
         ],
     )

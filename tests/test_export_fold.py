@@ -50,11 +50,21 @@ def test_a_norm_after_a_convolution_is_folded(conv):
     program = program_of(model, image)
     assert fold_norms(program) == 1
     assert norms_in(program) == 0
+    assert set(program.state_dict) == {"0.weight", "1.bias", "1.num_batches_tracked"}
     with torch.no_grad():
         torch.testing.assert_close(program.module()(image), model(image), rtol=1e-5, atol=1e-5)
     assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
     assert isinstance(model[0].weight, nn.Parameter)
     assert model[0].weight.requires_grad
+
+
+@pytest.mark.parametrize("kept", ["1.weight", "1.bias", "0.weight"])
+def test_a_norm_that_is_a_gate_stays(kept):
+    model = randomised(nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)))
+    program = program_of(model, torch.randn(2, 4, 9, 9))
+    assert fold_norms(program, {kept}) == 0
+    assert norms_in(program) == 1
+    assert set(program.state_dict) == set(model.state_dict())
 
 
 @pytest.mark.parametrize("at_once", [1, 80])

@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 import attnsurgeon
-from attnsurgeon.export import scales
+from attnsurgeon.errors import ExportDiffers, ExportRefused
+from attnsurgeon.export import scales, torchscript
 from attnsurgeon.export.scales import join_scales
 from attnsurgeon.export.torchscript import load_torchscript
 from attnsurgeon.gate import named_gates
@@ -100,3 +101,30 @@ def test_files_of_torch_are_written_that_way(name, options, tmp_path):
         kinds = [node.kind() for node in load_torchscript(path)[0].inlined_graph.nodes()]
     assert sum("addcmul" in kind for kind in kinds) >= 1
     assert not any("batch_norm" in kind for kind in kinds)
+
+
+class Flattens(nn.Module):
+    """A network with attention that reads the sizes of what it is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = operated("se")
+
+    def forward(self, x):
+        out = self.net(x)
+        return out.view(x.shape[0], out.shape[1], x.shape[2] * x.shape[3]).sum(2)
+
+
+def test_what_reads_its_sizes_is_frozen_as_it_is_scripted(tmp_path):
+    path = tmp_path / "x.pt"
+    artifact = attnsurgeon.export_model(Flattens().eval(), path, example=IMAGE, optimize=True)
+    assert len({(check.batch, check.size) for check in artifact.checks}) > 2
+    kinds = {node.kind() for node in load_torchscript(path)[0].inlined_graph.nodes()}
+    assert "aten::addcmul" not in kinds
+
+
+def test_a_trace_that_holds_its_sizes_would_be_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(torchscript, "_reads_sizes", lambda program: False)
+    with pytest.raises((ExportDiffers, ExportRefused)):
+        attnsurgeon.export_model(Flattens().eval(), tmp_path / "x.pt", example=IMAGE, optimize=True)
+    assert list(tmp_path.iterdir()) == []

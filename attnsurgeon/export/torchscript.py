@@ -173,7 +173,7 @@ def _rewritten(
         program = rewritten_program(model, inputs, free=free)
     except ExportRefused:  # it may still be scripted
         return None
-    if any(node.target is torch.ops.aten.sym_size.int for node in program.graph.nodes):
+    if _reads_sizes(program):
         return None  # a trace would hold the sizes that it was made with
     join_scales(program)
     module = program.module(check_guards=False)
@@ -186,6 +186,10 @@ def _rewritten(
         except RuntimeError:
             return None
     return traced
+
+
+def _reads_sizes(program: torch.export.ExportedProgram) -> bool:
+    return any(node.target is torch.ops.aten.sym_size.int for node in program.graph.nodes)
 
 
 def _set(module: torch.jit.ScriptModule, gates: Mapping[str, Tensor]) -> None:
