@@ -63,7 +63,15 @@ class TestSettled:
         pair = [machine.runner(100, held_up=0.5), machine.runner(100, held_up=0.5)]
         found = timing.race(pair, 20)
         assert len(found.rounds) == timing.PATIENCE * found.planned
-        assert doubts.stability_doubt(found, 20).startswith("disturbed")
+        told = doubts.stability_doubt(found, 20)
+        assert told.startswith("disturbed")
+        assert "fastest quarter" in told
+
+    def test_what_was_known_to_hold_it_up_is_said_to_be_taken_off(self, machine, monkeypatch):
+        monkeypatch.setattr(timing, "waited_ns", machine.waited)
+        pair = [machine.runner(100, held_up=0.5, told=1.0) for _ in range(2)]
+        told = doubts.stability_doubt(timing.race(pair, 20), 20)
+        assert "without their waiting for a core" in told
 
     def test_too_few_say_nothing(self):
         assert not rounds.halves_agree([0.0, 0.0, 0.0], 1.0)

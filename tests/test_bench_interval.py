@@ -78,6 +78,14 @@ class TestInterval:
         assert interval.estimate(*both) == interval.estimate(*both)
         assert interval.estimate(*both, seed=1) != interval.estimate(*both)
 
+    def test_a_part_of_the_blocks_counts_those_at_its_ends_by_share(self):
+        values = np.array([4.0, 1.0, 3.0, 2.0])
+        weights = np.array([[1.0, 1, 1, 1], [0, 2, 1, 1]])
+        assert interval.trimmed_means(values, weights, (0, 1)) == pytest.approx([2.5, 1.75])
+        assert interval.trimmed_means(values, weights, (0, 0.5)) == pytest.approx([1.5, 1.0])
+        middle = interval.trimmed_means(values, weights, (0.125, 0.875))
+        assert middle == pytest.approx([2.5, (1.5 * 1 + 2 + 0.5 * 3) / 3])
+
     def test_one_round_has_no_interval(self):
         with pytest.raises(ValueError, match="two rounds"):
             interval.estimate([[0.0, 0.1]], [[0.0, 0.1]])

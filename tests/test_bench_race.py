@@ -1,5 +1,6 @@
 """The race: whatever the machine does hits all alike."""
 
+import dataclasses
 import gc
 
 import numpy as np
@@ -18,15 +19,27 @@ class FakeMachine:
     """A clock that runners push forward, with all that a real machine does to them."""
 
     def __init__(self, seed=0):
-        self.now_ns = 0
+        self.now_ns = self.waited_ns = 0
         self.random = np.random.default_rng(seed)
         self.last = None
 
     def clock(self):
         return self.now_ns
 
+    def waited(self):
+        return self.waited_ns
+
     def runner(
-        self, ms, *, drift=0.0, switch_ms=0.0, noise=0.0, placement=0.0, moving_ms=1.0, held_up=0.0
+        self,
+        ms,
+        *,
+        drift=0.0,
+        switch_ms=0.0,
+        noise=0.0,
+        placement=0.0,
+        moving_ms=1.0,
+        held_up=0.0,
+        told=0.0,
     ):
         """Return a runner of `ms` a call.
 
@@ -35,6 +48,7 @@ class FakeMachine:
             switch_ms: what the first call after another runner's costs on top.
             noise: standard deviation of a call, relative.
             held_up: share of the calls that another program on the core makes 2.2 times as long.
+            told: ms of waiting that the machine accounts for each ms so lost.
             placement: standard deviation of what a move does to all calls until the next.
         """
         state = {"placed": 1.0, "moves": 0}
@@ -44,6 +58,7 @@ class FakeMachine:
             cost = ms * state["placed"] * (1 + drift * self.now_ns / 1e9)
             cost *= 1 + noise * self.random.standard_normal()
             if self.random.random() < held_up:
+                self.waited_ns += round(1e6 * 1.2 * cost * told)
                 cost *= 2.2
             if self.last is not me:
                 cost += switch_ms
@@ -67,6 +82,7 @@ class FakeMachine:
 def machine(monkeypatch):
     made = FakeMachine()
     monkeypatch.setattr(timing, "clock_ns", made.clock)
+    monkeypatch.setattr(timing, "waited_ns", made.waited)
     return made
 
 
@@ -126,6 +142,48 @@ class TestRace:
         assert sum(found.low <= 1.05 <= found.high for found in fastest) >= 7
         assert np.std(by_pairs) > 2 * np.std([found.ratio for found in fastest])
 
+    @pytest.mark.parametrize("told", [1.0, 1.9])
+    @pytest.mark.parametrize("more", [0.45, 0.7])
+    def test_waiting_that_is_told_is_taken_off(self, monkeypatch, told, more):
+        """Whoever waits more often, and however many threads wait at the same time."""
+        errors, quarters = [], []
+        for seed in range(8):
+            machine = FakeMachine(seed)
+            monkeypatch.setattr(timing, "clock_ns", machine.clock)
+            monkeypatch.setattr(timing, "waited_ns", machine.waited)
+            pair = [
+                machine.runner(ms, noise=0.04, held_up=share, told=told)
+                for ms, share in ((60, 0.45), (63, more))
+            ]
+            found = timing.race(pair, 20)
+            assert ratios.compared(found)[1] == interval.MIDDLE
+            errors.append(ratio_of(found).ratio - 1.05)
+            blind = dataclasses.replace(found, spans=())
+            assert ratios.compared(blind)[1] == interval.FASTEST_QUARTER
+            quarters.append(ratio_of(blind).ratio - 1.05)
+        assert np.abs(errors).max() < 0.015
+        assert np.square(errors).mean() < np.square(quarters).mean()
+
+    def test_waits_that_explain_nothing_take_nothing_off(self, machine, monkeypatch):
+        random = np.random.default_rng(0)
+        monkeypatch.setattr(timing, "waited_ns", lambda: random.integers(10**9))
+        pair = [machine.runner(60, noise=0.04, held_up=0.45) for _ in range(2)]
+        assert ratios.compared(timing.race(pair, 20))[1] == interval.FASTEST_QUARTER
+
+    def test_what_a_quiet_machine_tells_changes_nothing(self, machine):
+        pair = [machine.runner(60, noise=0.04, held_up=0.02, told=1.0) for _ in range(2)]
+        found = timing.race(pair, 20)
+        assert ratios.compared(found) == (found, interval.FASTER_HALF)
+
+    def test_races_of_which_one_was_disturbed_are_compared_alike(self, machine):
+        quiet, loud = (
+            timing.race([machine.runner(60, held_up=share, told=1.0) for _ in range(2)], 20)
+            for share in (0.0, 0.45)
+        )
+        assert ratios.compared_alike([loud, loud])[1] == interval.MIDDLE
+        assert ratios.compared_alike([quiet, loud]) == ([quiet, loud], interval.FASTEST_QUARTER)
+        assert ratios.ratio_of([quiet, loud], 1).ratio == pytest.approx(1, abs=1e-6)
+
     def test_drift_alone_disturbs_nothing(self, machine):
         found = timing.race([machine.runner(10), machine.runner(10, drift=0.1)], 10)
         assert not found.is_disturbed(1)
@@ -157,7 +215,7 @@ class TestRace:
 
     def test_blocks_hold_several_calls_of_a_fast_network_and_one_of_a_slow_one(self, machine):
         fast = timing.race([machine.runner(1), machine.runner(1)], 20)
-        assert len(fast.samples_ms[0]) == 80 * sum(map(len, fast.rounds))
+        assert len(fast.samples_ms[0]) == 40 * sum(map(len, fast.rounds))
         slow = timing.race([machine.runner(500), machine.runner(500)], 20)
         assert len(slow.samples_ms[0]) == sum(map(len, slow.rounds))
 

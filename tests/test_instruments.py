@@ -5,20 +5,24 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 from torchvision.models.resnet import BasicBlock, ResNet
 
+import attnsurgeon
 from attnsurgeon.bench import Comparison, Timing
 from attnsurgeon.bench.interval import NOISE
+from attnsurgeon.bench.rounds import Race
 from attnsurgeon.errors import EngineUnavailable
 from attnsurgeon.surgery import cuts_of
 
 sys.path.insert(0, str(Path(__file__).parent / "benchmarks"))
 
 import attention_cost  # noqa: E402
+import cost_table  # noqa: E402
 import gpu  # noqa: E402
 import gpu_table  # noqa: E402
 import instrument  # noqa: E402
@@ -49,6 +53,26 @@ class TestInstrument:
     def test_a_bias_under_load_fails(self):
         assert instrument.judge_loaded(comparison(0.9, 1.015, 1.1)).passed
         assert not instrument.judge_loaded(comparison(0.9, 1.03, 1.1)).passed
+        assert instrument.judge_loaded(comparison(0.9, 1.04, 1.1), 1.05).passed
+        assert not instrument.judge_loaded(comparison(0.9, 1.0, 1.1), 1.05).passed
+
+    def test_the_planted_work_is_so_many_runs(self):
+        class Counting(nn.Module):
+            runs = 0
+
+            def forward(self, x):
+                self.runs += 1
+                return x
+
+        net = Counting()
+        assert instrument.Repeated(net, 21)(torch.zeros(1, 3, 16, 16)).shape[-1] == 4
+        assert net.runs == 21
+
+    def test_the_other_runtimes_tool_is_read(self, tmp_path):
+        path = tmp_path / "x.onnx"
+        attnsurgeon.export_model(nn.Conv2d(3, 4, 1), path, example=torch.zeros(1, 3, 8, 8))
+        told = instrument.by_test_tool(path, torch.zeros(1, 3, 8, 8), 0.05)
+        assert all(0 < ms < 1000 for ms in told)
 
     def test_another_median_fails(self):
         ours = Timing("a", "eager", "cpu", 1, (10.0,), median95_ms=(9.9, 10.1))
@@ -213,28 +237,43 @@ class TestAttentionCost:
     @staticmethod
     def row(ours, **changed):
         values = {"block": "se", "engine": "onnxruntime", "batch": 1, "quotient": (ours, 0.1, 2.0)}
-        return attention_cost.Row(
+        return cost_table.Row(
             **{**values, **changed}, plain_ms=40.0, ours_ms=4 * ours, timm_ms=4.0, limit_ms=0.5
         )
 
     def test_the_target_is_judged(self, tmp_path):
         rows = [self.row(0.5), self.row(0.6), self.row(-0.1)]
         rows += [self.row(0.7, block="sk", engine="compile"), self.row(0.7, block="sk")]
-        options = argparse.Namespace(cpu_time=False, threads=2, size=224)
-        text = attention_cost.table_of(rows, options)
+        text = cost_table.table_of(rows, 2, 224, "wall time")
         assert "was reached in 3 of 5 rows" in text
         assert "| se | onnxruntime | 1 | 40.00 | +2.00 (+5.0 %) | +4.00 (+10.0 %) | 0.50" in text
         assert "| 4 × |" in text
         assert "-0.40 (-1.0 %)" in text
         page = tmp_path / "README.md"
-        page.write_text(f"before\n{attention_cost.BEGIN}old\n{attention_cost.END}after\n")
-        attention_cost.write_readme(text, page)
+        page.write_text(f"before\n{cost_table.BEGIN}old\n{cost_table.END}after\n")
+        cost_table.write_readme(text, page)
         assert text in page.read_text()
         assert "old" not in page.read_text()
 
+    def test_a_quotient_is_found_and_its_interval_holds_it(self):
+        random, held = np.random.default_rng(0), 0
+        for _ in range(60):
+            rounds = tuple(
+                tuple(
+                    [ms * (1 + abs(random.normal(0, 0.02))) for ms in (40.0, 42.0, 44.0)]
+                    for _ in range(12)
+                )
+                for _ in range(8)
+            )
+            ours, timms, (quotient, low, high) = attention_cost.judge(Race(((),) * 3, rounds))
+            assert (ours, timms) == pytest.approx((0.05, 0.1), abs=0.01)
+            assert quotient == pytest.approx(ours / timms)
+            held += low <= 0.5 <= high
+        assert held >= 54
+
     def test_the_readme_tells_every_row(self):
-        page = attention_cost.README.read_text(encoding="utf-8")
-        told = page.partition(attention_cost.BEGIN)[2].partition(attention_cost.END)[0]
+        page = cost_table.README.read_text(encoding="utf-8")
+        told = page.partition(cost_table.BEGIN)[2].partition(cost_table.END)[0]
         cases = [
             (block, engine, batch)
             for block in ("se", "gc", "cbam", "sk")

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from attnsurgeon.bench.ratios import HOW, compared
 from attnsurgeon.bench.rounds import Race, is_settled
 from attnsurgeon.bench.watch import Noticed
 
@@ -51,11 +52,10 @@ def stability_doubt(race: Race, seconds: float) -> str | None:
     """Doubt a race that was not stable when the patience was over."""
     if is_settled(race):
         return None
-    count = len(race.samples_ms)
-    if count > 1 and any(race.is_disturbed(i) for i in range(count)):
+    if len(race.samples_ms) > 1 and race.is_disturbed():
         return (
-            "disturbed: something else held up so many calls that the fastest quarter of each "
-            "target is compared; measure again on a quiet machine"
+            "disturbed: something else held up so many calls that their middle says nothing; "
+            f"{HOW[compared(race)[1]]}, measure again on a quiet machine"
         )
     return (
         f"not stable: the last rounds disagree with those before, after {len(race.rounds)} rounds; "

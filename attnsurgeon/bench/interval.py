@@ -2,13 +2,13 @@
 
 The observations are logarithms of the blocks' times, as many of a target as of its baseline. What
 disturbs a block makes it slower, never faster, so that the faster half of each tells more than the
-middle. Blocks of one round share the memory that both sides happened to be given in it, and
-the machine's mood, so whole rounds are drawn again, never single blocks. Drawing n rounds
-again shows a spread that is too small by sqrt((n - 1) / n); corrected for that, it is the standard
-error of an interval of Student's t. Percentiles of what was drawn would never reach beyond the
-lowest and the highest round, and five rounds have both on one side of the truth once in sixteen
-times, however they are widened (Hesterberg, The American Statistician 2015, on bootstraps of few
-observations).
+middle; where what disturbed them could be taken off, the middle counts. Blocks of one round share
+the memory that both sides happened to be given in it, and the machine's mood, so whole rounds are
+drawn again, never single blocks. Drawing n rounds again shows a spread that is too small by
+sqrt((n - 1) / n); corrected for that, it is the standard error of an interval of Student's t.
+Percentiles of what was drawn would never reach beyond the lowest and the highest round, and five
+rounds have both on one side of the truth once in sixteen times, however they are widened
+(Hesterberg, The American Statistician 2015, on bootstraps of few observations).
 """
 
 from __future__ import annotations
@@ -26,8 +26,11 @@ RESAMPLES = 2000
 MAX_DECIMALS = 2
 """Of a percentage: two copies of one program seldom agree better than that."""
 
-FASTER_HALF, FASTEST_QUARTER = 0.5, 0.25
-"""Shares of the blocks: ordinarily, and where most of them were held up."""
+Part = tuple[float, float]
+"""Of the sorted blocks, from the fastest: where those that are compared begin and end."""
+FASTER_HALF: Part = (0.0, 0.5)
+FASTEST_QUARTER: Part = (0.0, 0.25)
+MIDDLE: Part = (0.1, 0.9)
 
 Floats = NDArray[np.float64]
 Rounds = Sequence[Sequence[float]]
@@ -43,35 +46,33 @@ class Estimate:
     high: float
 
 
-def means_of_fastest(values: Floats, weights: Floats, share: float) -> Floats:
-    """Return, for each row of weights, the mean of the lowest share of the weighted values."""
+def trimmed_means(values: Floats, weights: Floats, part: Part) -> Floats:
+    """Return, for each row of weights, the mean of that part of the sorted weighted values."""
     order = np.argsort(values)
     below = np.cumsum(weights[:, order], axis=1)
-    most = share * below[:, -1:]
-    inside = np.diff(np.minimum(below, most), axis=1, prepend=0.0)
-    found: Floats = inside @ values[order] / most[:, 0]
+    first, last = (share * below[:, -1:] for share in part)
+    inside = np.diff(np.clip(below, first, last), axis=1, prepend=first)
+    found: Floats = inside @ values[order] / (last - first)[:, 0]
     return found
 
 
-def estimate(
-    own: Rounds, baseline: Rounds, *, share: float = FASTER_HALF, seed: int = 0
-) -> Estimate:
-    """Return the ratio of the fastest blocks of each, with its 95 % interval.
+def estimate(own: Rounds, baseline: Rounds, *, part: Part = FASTER_HALF, seed: int = 0) -> Estimate:
+    """Return the ratio of the same part of the blocks of each, with its 95 % interval.
 
     Args:
         own: logs of the times of a target's blocks; at least two rounds.
         baseline: the same of its baseline, as many in each round.
-        share: of the blocks that are compared.
+        part: of the blocks that is compared.
         seed: of the resampling; the same blocks give the same interval.
     """
     count = len(own)
     if count < 2:
         raise ValueError(f"an interval needs at least two rounds, not {count}")
-    round_of = np.repeat(np.arange(count), [len(part) for part in own])
-    sides = [np.concatenate([np.asarray(part) for part in side]) for side in (own, baseline)]
+    round_of = np.repeat(np.arange(count), [len(blocks) for blocks in own])
+    sides = [np.concatenate([np.asarray(blocks) for blocks in side]) for side in (own, baseline)]
 
     def logs(drawn: Floats) -> Floats:
-        mine, others = (means_of_fastest(side, drawn, share) for side in sides)
+        mine, others = (trimmed_means(side, drawn, part) for side in sides)
         difference: Floats = mine - others
         return difference
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from attnsurgeon.bench.doubts import machine_doubts
 from attnsurgeon.bench.findings import Job, SiteCost, SiteCosts
-from attnsurgeon.bench.ratios import ratio_of
+from attnsurgeon.bench.ratios import HOW, compared, ratio_of
 from attnsurgeon.bench.rounds import Race, is_settled
 from attnsurgeon.bench.targets import Inputs, Target
 from attnsurgeon.bench.timing import Runner, race
@@ -103,21 +103,19 @@ def _together(
 def _doubts(paths: Sequence[str], races: Sequence[Race], seconds: float, watch: Watch) -> list[str]:
     """Return the reasons not to trust the costs of the sites, or their sum."""
     restless = [path for path, found in zip(paths, races, strict=False) if not is_settled(found)]
-    disturbed = [
-        path
+    disturbed = {
+        path: HOW[compared(found)[1]]
         for path, found in zip(paths, races, strict=False)
-        if any(found.is_disturbed(i) for i in range(len(found.samples_ms)))
-    ]
+        if found.is_disturbed()
+    }
     doubts = []
     if len(races) < len(paths):
         doubts.append(
             f"incomplete: {len(races)} of {len(paths)} sites were timed, and the sum is of those"
         )
-    if disturbed:
-        doubts.append(
-            f"disturbed: at {', '.join(disturbed)} something else held up so many calls that the "
-            "fastest quarter alone is compared"
-        )
+    for how in dict.fromkeys(disturbed.values()):
+        at = ", ".join(path for path, done in disturbed.items() if done == how)
+        doubts.append(f"disturbed: at {at} something else held up most calls; {how}")
     if restless:
         doubts.append(
             f"not stable: at {', '.join(restless)} the last rounds disagree with those before; "

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
 from attnsurgeon.bench.interval import student_quantile
 
-MIN_ROUNDS, MAX_ROUNDS = 5, 16
+MIN_ROUNDS, MAX_ROUNDS = 5, 30
 """Fewer rounds than 5 say nothing about their spread."""
 RATIO_TOLERANCE, TIME_TOLERANCE = 0.005, 0.02
 """Smaller differences between the halves of a measurement are none."""
@@ -21,8 +22,18 @@ SETTLED_QUANTILES = 1.5
 DISTURBED = 0.3
 """A quarter of the blocks take longer than the fastest of their round by this, in logs."""
 
+LEAST_LEFT = 0.01
+"""Of a block's time is left at least, however long its threads waited: logs need something."""
+
 Blocks = list[float]
 """Median call of one block in ms, for each runner."""
+
+
+class Span(NamedTuple):
+    """What one block's calls took in the mean, and what their threads waited for a core, in ms."""
+
+    call_ms: float
+    waited_ms: float
 
 
 @dataclass(frozen=True)
@@ -35,12 +46,14 @@ class Race:
         planned: rounds that were to be enough.
         enqueued: for each runner timed by events, the share of its time in which the host was
             still busy launching it; 1 is a device that waits for the host.
+        spans: passes, round by round, with the span of each runner.
     """
 
     samples_ms: tuple[tuple[float, ...], ...]
     rounds: tuple[tuple[Blocks, ...], ...]
     planned: int = MIN_ROUNDS
     enqueued: tuple[float | None, ...] = ()
+    spans: tuple[tuple[list[Span], ...], ...] = ()
 
     def log_ratios(self, runner: int, baseline: int = 0) -> list[list[float]]:
         """Return, round by round, the log of a runner's block over the baseline's of that pass.
@@ -59,15 +72,38 @@ class Race:
         """Return, round by round, the logs of a runner's blocks in ms."""
         return [[math.log(blocks[runner]) for blocks in passes] for passes in self.rounds]
 
-    def is_disturbed(self, runner: int) -> bool:
+    def is_disturbed(self, runner: int | None = None) -> bool:
         """Tell whether so many of a runner's blocks were held up that their middle means nothing.
 
-        Two programs on one core make calls of two kinds, of which now the one and now the other is
-        the more frequent.
+        Without a number, whether those of any were. Two programs on one core make calls of two
+        kinds, of which now the one and now the other is the more frequent.
         """
+        if runner is None:
+            return any(self.is_disturbed(i) for i in range(len(self.samples_ms)))
         rounds = [np.asarray(logs) for logs in self.log_blocks(runner)]
         above = np.concatenate([logs - logs.min() for logs in rounds])
         return bool(np.percentile(above, 75) > DISTURBED)
+
+    def without_waits(self) -> Race:
+        """Return the race with what is left of its blocks without the waiting for a core.
+
+        What a ms of waiting costs is the slope that all runners have in common, by least squares:
+        it is nearly 1 where one thread waits at a time, less where several do, and 0 where the
+        waits explain nothing.
+        """
+        spans = np.array([span for passes in self.spans for span in passes])  # pass, runner, span
+        if not len(spans):
+            return self
+        calls, waits = np.moveaxis(spans - spans.mean(axis=0), 2, 0)
+        slope = max(0.0, float((calls * waits).sum() / max((waits**2).sum(), 1e-12)))
+
+        def left(span: Span) -> float:
+            return max(span.call_ms - slope * span.waited_ms, LEAST_LEFT * span.call_ms)
+
+        rounds = tuple(
+            tuple([left(span) for span in row] for row in passes) for passes in self.spans
+        )
+        return replace(self, rounds=rounds, spans=())
 
     def log_times(self, runner: int) -> list[float]:
         """Return the log of each round's median block in ms."""
@@ -91,7 +127,7 @@ def is_settled(race: Race) -> bool:
     lone one, the times. What is disturbed never settles.
     """
     count = len(race.samples_ms)
-    if any(race.is_disturbed(i) for i in range(count)):
+    if race.is_disturbed():
         return False
     if count > 1:
         rows = [[statistics.fmean(own) for own in race.log_ratios(i)] for i in range(1, count)]

@@ -25,10 +25,12 @@ from attnsurgeon.bench.rounds import (
     Blocks,
     Race,
     RaceInterrupted,
+    Span,
     is_settled,
 )
+from attnsurgeon.bench.waiting import waited_ns
 
-BLOCK_S = 0.08
+BLOCK_S = 0.04
 """Long enough for a clock, short enough for many pairs; at least one call."""
 MIN_PASSES = 50
 """Short measurements have shorter blocks instead of fewer of them."""
@@ -91,11 +93,13 @@ def race(runners: Sequence[Runner], seconds: float, tell: Tell | None = None) ->
     samples: list[list[float]] = [[] for _ in runners]
     launched: list[list[float]] = [[] for _ in runners]
     rounds: list[tuple[Blocks, ...]] = []
+    spans: list[tuple[list[Span], ...]] = []
     planned, number = MIN_ROUNDS, 0
 
     def found() -> Race:
         shares = tuple(statistics.median(own) if own else None for own in launched)
-        return Race(tuple(map(tuple, samples)), tuple(rounds), planned, shares)
+        held = tuple(map(tuple, samples))
+        return Race(held, tuple(rounds), planned, shares, tuple(spans))
 
     # Gradients are off, and parameters can still be moved between the rounds.
     with _mode(runners), paused_collector():
@@ -110,14 +114,18 @@ def race(runners: Sequence[Runner], seconds: float, tell: Tell | None = None) ->
                     planned = planned_rounds(seconds, moving)
                     most = round(PATIENCE * planned)
                 until = start + seconds * (len(rounds) + 1) / planned
-                passes: list[Blocks] = []
-                while not passes or _now_s() < until:
+                passes: list[list[Span]] = []
+                medians: list[Blocks] = []
+                while not medians or _now_s() < until:
                     for _ in range(2):  # both orders
-                        passes.append(_run_pass(runners, number, calls, samples, launched))
+                        row = _run_pass(runners, number, calls, samples, launched)
+                        medians.append([statistics.median(block) for block, _ in row])
+                        passes.append([Span(statistics.fmean(block), ms) for block, ms in row])
                         number += 1
-                        if len(passes) == 1 and _now_s() >= until:
+                        if len(medians) == 1 and _now_s() >= until:
                             break  # too slow for that: the next round begins with the other order
-                rounds.append(tuple(passes))
+                rounds.append(tuple(medians))
+                spans.append(tuple(passes))
                 if tell is not None:
                     tell(min(1.0, len(rounds) / planned), found())
         except KeyboardInterrupt:
@@ -185,13 +193,18 @@ def _run_pass(
     calls: int,
     samples: list[list[float]],
     launched: list[list[float]],
-) -> Blocks:
-    medians = [0.0] * len(runners)
+) -> list[tuple[list[float], float]]:
+    """Return each runner's block of calls in ms, and how long a call's threads waited for a core.
+
+    That is asked for between the blocks, and means nothing for what a device's events time.
+    """
+    found: list[tuple[list[float], float]] = [([], 0.0)] * len(runners)
     for i in order_of_pass(number, len(runners)):
+        before = waited_ns()
         block = timed(runners[i], calls, launched[i])
+        found[i] = block, max(0, waited_ns() - before) / 1e6 / calls
         samples[i] += block
-        medians[i] = statistics.median(block)
-    return medians
+    return found
 
 
 def timed(runner: Runner, calls: int, launched: list[float] | None = None) -> list[float]:

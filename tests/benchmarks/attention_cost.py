@@ -21,13 +21,13 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
+from cost_table import HEAD, README, Row, table_of, write_readme
+from numpy.typing import NDArray
 from timm.layers.cbam import CbamModule
 from timm.layers.global_context import GlobalContext
 from timm.layers.selective_kernel import SelectiveKernel
@@ -38,7 +38,7 @@ from torchvision.models.resnet import Bottleneck
 import attnsurgeon
 from attnsurgeon.bench import engines, timing
 from attnsurgeon.bench.engines import Place
-from attnsurgeon.bench.environment import cpu_name
+from attnsurgeon.bench.interval import FASTER_HALF, RESAMPLES, half_width, trimmed_means
 from attnsurgeon.bench.quiet import borrowed_threads
 from attnsurgeon.bench.rounds import Race
 from attnsurgeon.bench.targets import Target
@@ -56,10 +56,6 @@ and reads y, and reads the map before the last 1x1 (a quarter); GC reads that tw
 once for each maximum as well; SK writes a second branch and the mix, and reads both twice.
 """
 SIDES = ("plain", "ours", "timm")
-HALF, ELSEWHERE = 0.5, 0.8
-"""Of timm's overhead: the target, and that of SK outside ONNX Runtime."""
-README = Path(__file__).parents[2] / "README.md"
-BEGIN, END = "<!-- cost -->\n", "<!-- end of cost -->\n"
 
 
 class TimmSelective(Bottleneck):  # type: ignore[misc]
@@ -131,74 +127,26 @@ def target(side: str, model: nn.Module, engine: str, image: Tensor, folder: Path
     return Target(side, (image,), "random", model=model)
 
 
-@dataclass(frozen=True)
-class Row:
-    """One comparison; times in ms, the quotient of overheads with a 95 % interval."""
-
-    block: str
-    engine: str
-    batch: int
-    plain_ms: float
-    ours_ms: float
-    timm_ms: float
-    quotient: tuple[float, float, float]
-    limit_ms: float
-
-    def __str__(self) -> str:
-        """Return a row of a Markdown table."""
-        ratio, low, high = self.quotient
-        shares = [
-            f"{ms:+.2f} ({100 * ms / self.plain_ms:+.1f} %)" for ms in (self.ours_ms, self.timm_ms)
-        ]
-        cells = [self.block, self.engine, self.batch, f"{self.plain_ms:.2f}", *shares]
-        cells += [f"{ratio:.2f} [{low:.2f}, {high:.2f}]", f"+{self.limit_ms:.2f}"]
-        cells.append(f"{self.ours_ms / self.limit_ms:.0f} ×" if self.ours_ms > 0 else "")
-        return f"| {' | '.join(map(str, cells))} |"
-
-    @property
-    def goal(self) -> float:
-        """Return what the quotient should be at most."""
-        return ELSEWHERE if self.block == "sk" and self.engine != "onnxruntime" else HALF
-
-
-HEAD = """| block | engine | batch | plain, ms | ours, ms | timm, ms | quotient | limit | of it |
-|---|---|--:|--:|--:|--:|--:|--:|--:|"""
-
-
-def table_of(found: Sequence[Row], options: argparse.Namespace) -> str:
-    """Return the table, what it was measured on, and where the target was reached."""
-    told = "processor time" if options.cpu_time else "wall time"
-    reached = [row for row in found if row.quotient[0] <= row.goal]
-    return "\n".join(
-        [
-            f"{cpu_name()}, {options.threads} threads, torch {torch.__version__}, ONNX Runtime "
-            f"{onnxruntime.__version__}, {options.size} px, {told}:",
-            "",
-            HEAD,
-            *map(str, found),
-            "",
-            f"The target, {HALF} of timm's overhead ({ELSEWHERE} for SK outside ONNX Runtime), was "
-            f"reached in {len(reached)} of {len(found)} rows.",
-            "",
-        ]
-    )
-
-
-def write_readme(text: str, readme: Path) -> None:
-    """Put the text between its marks in the README."""
-    before, _, rest = readme.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    readme.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}", encoding="utf-8")
-
-
 def judge(race: Race, seed: int = 0) -> tuple[float, float, tuple[float, float, float]]:
-    """Return by how much ours and timm's exceed 1, and the quotient; rounds are drawn again."""
-    logs = np.array([[np.mean(own) for own in race.log_ratios(i)] for i in (1, 2)])
-    drawn = np.random.default_rng(seed).integers(logs.shape[1], size=(2000, logs.shape[1]))
-    ours, timms = np.expm1(np.median(logs, axis=1))
-    some = np.expm1(np.median(logs[:, drawn], axis=2))
-    low, high = np.percentile(some[0] / some[1], (2.5, 97.5))
-    return float(ours), float(timms), (float(ours / timms), float(low), float(high))
+    """Return by how much ours and timm's exceed 1, and the quotient with a 95 % interval.
+
+    As the bench does it: the faster half of each one's blocks, whole rounds drawn again.
+    """
+    count = len(race.rounds)
+    round_of = np.repeat(np.arange(count), [len(part) for part in race.rounds])
+    logs = [np.concatenate(race.log_blocks(i)) for i in range(3)]
+
+    def overheads(drawn: NDArray[np.float64]) -> NDArray[np.float64]:
+        plain, *others = (trimmed_means(own, drawn[:, round_of], FASTER_HALF) for own in logs)
+        return np.stack([np.expm1(other - plain) for other in others])
+
+    random = np.random.default_rng(seed)
+    drawn = random.multinomial(count, [1 / count] * count, size=RESAMPLES).astype(float)
+    ours, timms = (float(found[0]) for found in overheads(np.ones((1, count))))
+    some = overheads(drawn)
+    half = half_width(float((some[0] / some[1]).std()), count)
+    quotient = ours / timms
+    return ours, timms, (quotient, quotient - half, quotient + half)
 
 
 def map_bytes(model: nn.Module, block: str, image: Tensor) -> list[int]:
@@ -296,7 +244,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for row in rows(options):
             found.append(row)
             print(row, flush=True)
-    text = table_of(found, options)
+    told = "processor time" if options.cpu_time else "wall time"
+    text = table_of(found, options.threads, options.size, told)
     print(f"\n{text}")
     if options.publish:
         write_readme(text, README)
