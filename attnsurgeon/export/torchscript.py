@@ -29,6 +29,7 @@ from attnsurgeon.export.format import (
     register,
 )
 from attnsurgeon.export.fresh import FreshProcess
+from attnsurgeon.export.in_place import reuse_maps
 from attnsurgeon.export.inputs import Inputs, on_cpu
 from attnsurgeon.export.precision import HALVES, refuse_precision
 from attnsurgeon.export.program import rewritten_program
@@ -176,6 +177,7 @@ def _rewritten(
     if _reads_sizes(program):
         return None  # a trace would hold the sizes that it was made with
     join_scales(program)
+    reuse_maps(program)
     module = program.module(check_guards=False)
     plain = fx.GraphModule(module, module.graph)  # it checks no inputs, which cannot be traced
     with _quiet(), torch.no_grad():
