@@ -71,7 +71,7 @@ class TestSettled:
         monkeypatch.setattr(timing, "waited_ns", machine.waited)
         pair = [machine.runner(100, held_up=0.5, told=1.0) for _ in range(2)]
         told = doubts.stability_doubt(timing.race(pair, 20), 20)
-        assert "without their waiting for a core" in told
+        assert "without the time that they waited for a core" in told
 
     def test_too_few_say_nothing(self):
         assert not rounds.halves_agree([0.0, 0.0, 0.0], 1.0)

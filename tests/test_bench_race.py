@@ -156,32 +156,101 @@ class TestRace:
                 for ms, share in ((60, 0.45), (63, more))
             ]
             found = timing.race(pair, 20)
-            assert ratios.compared(found)[1] == interval.MIDDLE
+            assert ratios.compared(found).part == interval.MIDDLE
             errors.append(ratio_of(found).ratio - 1.05)
             blind = dataclasses.replace(found, spans=())
-            assert ratios.compared(blind)[1] == interval.FASTEST_QUARTER
+            assert ratios.compared(blind).part == interval.FASTEST_QUARTER
             quarters.append(ratio_of(blind).ratio - 1.05)
         assert np.abs(errors).max() < 0.015
         assert np.square(errors).mean() < np.square(quarters).mean()
 
+    @pytest.mark.parametrize("told", [(1.0, 1.1), (0.9, 1.4), (1.0, 2.2)])
+    def test_who_accounts_for_more_waiting_is_not_taken_for_faster(self, machine, told):
+        """A network of small operators and one of large ones wait with other numbers of threads."""
+        for _ in range(4):
+            pair = [machine.runner(60, noise=0.04, held_up=0.45, told=each) for each in told]
+            found = timing.race(pair, 20)
+            assert ratios.compared(found).part == interval.MIDDLE
+            assert 0 < ratios.compared(found).unsure < 0.01
+            ratio = ratio_of(found)
+            assert ratio.ratio == pytest.approx(1, abs=0.015)
+            assert ratio.low <= 1 <= ratio.high
+
+    @pytest.mark.parametrize("held_up", [0.5, 0.7])
+    def test_rounds_of_one_block_are_seen_to_be_disturbed(self, machine, held_up):
+        pair = [machine.runner(1500, noise=0.02, held_up=held_up) for _ in range(2)]
+        found = timing.race(pair, 20)
+        assert {len(passes) for passes in found.rounds} == {1}
+        assert found.is_disturbed()
+        quiet = timing.race([machine.runner(1500, noise=0.02) for _ in range(2)], 20)
+        assert not quiet.is_disturbed()
+
+    @staticmethod
+    def with_spans(calls, waits, passes=8):
+        """Return a race of two whose spans are these, again and again."""
+        rows = [
+            [rounds.Span(call, wait)] * 2 for call, wait in zip(calls, waits, strict=True)
+        ] * passes
+        spans = (tuple(rows),) * 5
+        blocks = tuple(tuple([[row[0].call_ms] * 2 for row in part]) for part in spans)
+        return rounds.Race(((), ()), blocks, spans=spans)
+
+    @pytest.mark.parametrize(
+        ("calls", "waits"),
+        [
+            ([10.0, 20.0], [5.0, 0.0]),  # who waits less takes longer
+            ([10.0, 20.0], [0.0, 1.0]),  # a ms of waiting would cost ten
+            ([10.0, 20.0, 10.0, 20.0], [0.0, 10.0, 10.0, 0.0]),  # it has nothing to do with it
+            ([10.0, 20.0], [20.0, 30.0]),  # more than there is
+            ([10.0, 20.0], [0.0, 0.0]),  # nobody waited
+        ],
+    )
+    def test_waits_that_make_no_sense_are_not_taken_off(self, calls, waits):
+        race = self.with_spans(calls, waits)
+        assert race.is_disturbed()
+        assert ratios.compared(race) == ((race,), interval.FASTEST_QUARTER, 0.0)
+
+    def test_waits_that_make_sense_are(self):
+        race = self.with_spans([10.0, 20.0], [0.5, 10.5])
+        (left,), part, _ = ratios.compared(race)
+        assert part == interval.MIDDLE
+        assert left.log_blocks(0)[0] == pytest.approx([np.log(9.5)] * 16)
+
+    def test_an_interrupt_before_the_spans_were_noted_leaves_the_quarter(self):
+        race = self.with_spans([10.0, 20.0], [0.5, 10.5])
+        race = dataclasses.replace(race, spans=race.spans[:-1])
+        assert ratios.compared(race).part == interval.FASTEST_QUARTER
+
+    def test_a_thread_that_ended_or_a_devices_clock_means_no_waiting(self, machine, monkeypatch):
+        monkeypatch.setattr(timing, "waited_ns", lambda: -machine.now_ns)
+        found = timing.race([machine.runner(10)], 1)
+        assert {row[0].waited_ms for passes in found.spans for row in passes} == {0.0}
+        monkeypatch.setattr(timing, "waited_ns", machine.clock)
+        monkeypatch.setattr(
+            timing, "_timed_by_events", lambda call, n, *_: [call() or 1.0 for _ in range(n)]
+        )
+        runner = dataclasses.replace(machine.runner(10), events=torch.device("cuda"))
+        found = timing.race([runner], 1)
+        assert {row[0].waited_ms for passes in found.spans for row in passes} == {0.0}
+
     def test_waits_that_explain_nothing_take_nothing_off(self, machine, monkeypatch):
         random = np.random.default_rng(0)
-        monkeypatch.setattr(timing, "waited_ns", lambda: random.integers(10**9))
+        monkeypatch.setattr(timing, "waited_ns", lambda: random.integers(10**7))
         pair = [machine.runner(60, noise=0.04, held_up=0.45) for _ in range(2)]
-        assert ratios.compared(timing.race(pair, 20))[1] == interval.FASTEST_QUARTER
+        assert ratios.compared(timing.race(pair, 20)).part == interval.FASTEST_QUARTER
 
     def test_what_a_quiet_machine_tells_changes_nothing(self, machine):
         pair = [machine.runner(60, noise=0.04, held_up=0.02, told=1.0) for _ in range(2)]
         found = timing.race(pair, 20)
-        assert ratios.compared(found) == (found, interval.FASTER_HALF)
+        assert ratios.compared(found) == ((found,), interval.FASTER_HALF, 0.0)
 
     def test_races_of_which_one_was_disturbed_are_compared_alike(self, machine):
         quiet, loud = (
             timing.race([machine.runner(60, held_up=share, told=1.0) for _ in range(2)], 20)
             for share in (0.0, 0.45)
         )
-        assert ratios.compared_alike([loud, loud])[1] == interval.MIDDLE
-        assert ratios.compared_alike([quiet, loud]) == ([quiet, loud], interval.FASTEST_QUARTER)
+        assert ratios.compared(loud, loud).part == interval.MIDDLE
+        assert ratios.compared(quiet, loud)[:2] == ((quiet, loud), interval.FASTEST_QUARTER)
         assert ratios.ratio_of([quiet, loud], 1).ratio == pytest.approx(1, abs=1e-6)
 
     def test_drift_alone_disturbs_nothing(self, machine):

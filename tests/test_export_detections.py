@@ -8,7 +8,7 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torchvision.ops import batched_nms
+from torchvision.ops import batched_nms, nms
 
 import attnsurgeon
 from attnsurgeon.errors import ExportDiffers, ExportRefused
@@ -304,8 +304,17 @@ class TestLending:
         with lending.lent_to(model, batches, set) as lent:
             assert lent == {}
 
+    def test_an_overlap_on_the_edge_is_seen(self):
+        boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 5.001]])  # 0.5001 of it in common
+        scores = torch.tensor([0.9, 0.8])
+        kept = []
+        for margin in (calm.MARGIN, -calm.MARGIN):
+            with calm._ShakenRanks(margin):
+                kept.append(len(nms(boxes, scores, 0.5)))
+        assert kept == [2, 1]
+
     def test_images_are_redrawn_until_rounding_decides_nothing(self, monkeypatch):
-        model, moved = detector(), iter([1.0, 1e-5, 0.5, 1e-7, 0.0])
+        model, moved = detector(), iter([1.0, 1.0, 1e-5, 1e-5, 0.5, 1e-7, 1e-7, 0.0])
 
         def compare(want, have, tolerance):
             return 0.0, next(moved), 1.0, 1.0, True

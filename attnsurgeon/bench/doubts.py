@@ -55,7 +55,7 @@ def stability_doubt(race: Race, seconds: float) -> str | None:
     if len(race.samples_ms) > 1 and race.is_disturbed():
         return (
             "disturbed: something else held up so many calls that their middle says nothing; "
-            f"{HOW[compared(race)[1]]}, measure again on a quiet machine"
+            f"{HOW[compared(race).part]}; measure again on a quiet machine"
         )
     return (
         f"not stable: the last rounds disagree with those before, after {len(race.rounds)} rounds; "

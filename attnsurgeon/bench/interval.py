@@ -56,13 +56,16 @@ def trimmed_means(values: Floats, weights: Floats, part: Part) -> Floats:
     return found
 
 
-def estimate(own: Rounds, baseline: Rounds, *, part: Part = FASTER_HALF, seed: int = 0) -> Estimate:
+def estimate(
+    own: Rounds, baseline: Rounds, *, part: Part = FASTER_HALF, unsure: float = 0.0, seed: int = 0
+) -> Estimate:
     """Return the ratio of the same part of the blocks of each, with its 95 % interval.
 
     Args:
         own: logs of the times of a target's blocks; at least two rounds.
         baseline: the same of its baseline, as many in each round.
         part: of the blocks that is compared.
+        unsure: a further standard error, in logs, of the ratio.
         seed: of the resampling; the same blocks give the same interval.
     """
     count = len(own)
@@ -80,7 +83,7 @@ def estimate(own: Rounds, baseline: Rounds, *, part: Part = FASTER_HALF, seed: i
     drawn = np.random.default_rng(seed).multinomial(count, [1 / count] * count, size=RESAMPLES)
     found = [logs(part[:, round_of].astype(np.float64)) for part in np.split(drawn, 10)]
     ratio = float(logs(np.ones((1, len(round_of))))[0])
-    half = half_width(float(np.concatenate(found).std()), count)
+    half = half_width(math.hypot(float(np.concatenate(found).std()), unsure), count)
     return Estimate(*(math.exp(value) for value in (ratio, ratio - half, ratio + half)))
 
 

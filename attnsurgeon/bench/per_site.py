@@ -104,7 +104,7 @@ def _doubts(paths: Sequence[str], races: Sequence[Race], seconds: float, watch: 
     """Return the reasons not to trust the costs of the sites, or their sum."""
     restless = [path for path, found in zip(paths, races, strict=False) if not is_settled(found)]
     disturbed = {
-        path: HOW[compared(found)[1]]
+        path: HOW[compared(found).part]
         for path, found in zip(paths, races, strict=False)
         if found.is_disturbed()
     }
@@ -113,6 +113,9 @@ def _doubts(paths: Sequence[str], races: Sequence[Race], seconds: float, watch: 
         doubts.append(
             f"incomplete: {len(races)} of {len(paths)} sites were timed, and the sum is of those"
         )
+    whole = HOW.get(compared(*races).part)
+    if disturbed and set(disturbed.values()) != {whole}:
+        doubts.append(f"disturbed: of the calls of all sites, for the whole: {whole}")
     for how in dict.fromkeys(disturbed.values()):
         at = ", ".join(path for path, done in disturbed.items() if done == how)
         doubts.append(f"disturbed: at {at} something else held up most calls; {how}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import chain
+from typing import NamedTuple
 
 from attnsurgeon.bench.interval import (
     FASTER_HALF,
@@ -14,33 +15,44 @@ from attnsurgeon.bench.interval import (
     estimate,
 )
 from attnsurgeon.bench.rounds import Race
+from attnsurgeon.bench.waits import without_waits
 
 HOW = {
-    MIDDLE: "what is left of them without their waiting for a core is compared",
-    FASTEST_QUARTER: "their fastest quarter is compared",
+    MIDDLE: "they are compared without the time that they waited for a core",
+    FASTEST_QUARTER: "the fastest quarter of them is compared",
 }
 """What is done about calls that were held up, in words."""
 
 
-def compared(race: Race) -> tuple[Race, Part]:
-    """Return what is compared of a race, and which part of its blocks.
+class Compared(NamedTuple):
+    """What is compared of races.
 
-    It is the faster half. Of a race that was disturbed (see Race.is_disturbed) the waiting for a
-    core is taken off and the middle compared; where that does not explain what held its blocks
-    up, their fastest quarter.
+    Attributes:
+        races: their blocks, perhaps without what was taken off.
+        part: of the blocks of each runner.
+        unsure: standard error, in logs, of what was taken off.
     """
-    if not race.is_disturbed():
-        return race, FASTER_HALF
-    left = race.without_waits()
-    return (race, FASTEST_QUARTER) if left.is_disturbed() else (left, MIDDLE)
+
+    races: Sequence[Race]
+    part: Part
+    unsure: float = 0.0
 
 
-def compared_alike(races: Sequence[Race]) -> tuple[Sequence[Race], Part]:
-    """Return what is compared of several races: of all the same part, found in the same way."""
-    found = [compared(race) for race in races]
-    if len({part for _, part in found}) > 1:
-        return races, FASTEST_QUARTER
-    return [race for race, _ in found], found[0][1]
+def compared(*races: Race) -> Compared:
+    """Return what is compared of races of the same runners: of all the same part, found alike.
+
+    It is the faster half. Of races of which any runner was disturbed (see Race.is_disturbed) the
+    waiting for a core is taken off and the middle compared; where that does not explain what held
+    its blocks up, or not in all of them, their fastest quarter.
+    """
+    disturbed = [race.is_disturbed() for race in races]
+    if not any(disturbed):
+        return Compared(races, FASTER_HALF)
+    left = [without_waits(race) for race in races]
+    known = [each for each in left if each is not None]
+    if not all(disturbed) or len(known) < len(left):
+        return Compared(races, FASTEST_QUARTER)
+    return Compared([race for race, _ in known], MIDDLE, max(unsure for _, unsure in known))
 
 
 def ratio_of(races: Race | Sequence[Race], runner: int, baseline: int = 0) -> Estimate:
@@ -51,6 +63,6 @@ def ratio_of(races: Race | Sequence[Race], runner: int, baseline: int = 0) -> Es
         runner: its number.
         baseline: the number of what it is compared with.
     """
-    held, part = compared_alike([races] if isinstance(races, Race) else races)
+    held, part, unsure = compared(*([races] if isinstance(races, Race) else races))
     own, other = (list(chain(*(r.log_blocks(i) for r in held))) for i in (runner, baseline))
-    return estimate(own, other, part=part)
+    return estimate(own, other, part=part, unsure=unsure)

@@ -148,7 +148,8 @@ class Comparison:
         engine: what ran both.
         device: cpu, or cuda:N.
         batch: number of images per call.
-        ratio: time over the baseline's, of the faster half of each; above 1 is slower.
+        ratio: time over the baseline's, above 1 is slower; of the faster half of the blocks of
+            each, or, where most were held up, as the doubts say.
         interval95: 95 % interval of the ratio.
         verdict: "+6.2 % [5.1, 7.4]" or "not distinguishable from noise".
         precision: as of the target's run.

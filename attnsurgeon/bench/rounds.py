@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from attnsurgeon.bench.interval import student_quantile
 
@@ -20,10 +21,9 @@ SETTLED_QUANTILES = 1.5
 """Of Student's t at 97.5 %: one quiet measurement in a hundred or two goes on for nothing."""
 
 DISTURBED = 0.3
-"""A quarter of the blocks take longer than the fastest of their round by this, in logs."""
-
-LEAST_LEFT = 0.01
-"""Of a block's time is left at least, however long its threads waited: logs need something."""
+"""A quarter of the blocks take longer than the fastest of their window by this, in logs."""
+WINDOW = 6
+"""Blocks at least: the fastest of fewer may have been held up itself."""
 
 Blocks = list[float]
 """Median call of one block in ms, for each runner."""
@@ -80,36 +80,25 @@ class Race:
         """
         if runner is None:
             return any(self.is_disturbed(i) for i in range(len(self.samples_ms)))
-        rounds = [np.asarray(logs) for logs in self.log_blocks(runner)]
-        above = np.concatenate([logs - logs.min() for logs in rounds])
+        above = np.concatenate([logs - logs.min() for logs in _windows(self.log_blocks(runner))])
         return bool(np.percentile(above, 75) > DISTURBED)
-
-    def without_waits(self) -> Race:
-        """Return the race with what is left of its blocks without the waiting for a core.
-
-        What a ms of waiting costs is the slope that all runners have in common, by least squares:
-        it is nearly 1 where one thread waits at a time, less where several do, and 0 where the
-        waits explain nothing.
-        """
-        spans = np.array([span for passes in self.spans for span in passes])  # pass, runner, span
-        if not len(spans):
-            return self
-        calls, waits = np.moveaxis(spans - spans.mean(axis=0), 2, 0)
-        slope = max(0.0, float((calls * waits).sum() / max((waits**2).sum(), 1e-12)))
-
-        def left(span: Span) -> float:
-            return max(span.call_ms - slope * span.waited_ms, LEAST_LEFT * span.call_ms)
-
-        rounds = tuple(
-            tuple([left(span) for span in row] for row in passes) for passes in self.spans
-        )
-        return replace(self, rounds=rounds, spans=())
 
     def log_times(self, runner: int) -> list[float]:
         """Return the log of each round's median block in ms."""
         return [
             math.log(statistics.median(row[runner] for row in passes)) for passes in self.rounds
         ]
+
+
+def _windows(rounds: Sequence[Sequence[float]]) -> list[NDArray[np.float64]]:
+    """Return the values of neighbouring rounds in parts of WINDOW values at least, if there are."""
+    values = np.concatenate([np.asarray(own) for own in rounds])
+    ends = np.cumsum([len(own) for own in rounds])[:-1]
+    cuts: list[int] = []
+    for end in ends:
+        if min(end - (cuts[-1] if cuts else 0), len(values) - end) >= WINDOW:
+            cuts.append(int(end))
+    return np.split(values, cuts)
 
 
 class RaceInterrupted(KeyboardInterrupt):

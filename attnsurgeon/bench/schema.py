@@ -29,7 +29,11 @@ def _table(meaning: str, **keys: Kind) -> Kind:
 _TEXT, _NUMBER = {"type": "string"}, {"type": "number"}
 _PAIR = "lower and upper end of the 95 % interval"
 _RATIO = {
-    "ratio": _of("number", "time over the baseline's, faster half of each; above 1 is slower"),
+    "ratio": _of(
+        "number",
+        "time over the baseline's, above 1 is slower: of the faster half of the blocks of each, "
+        "or, where most were held up, as the doubts say",
+    ),
     "interval95": _list(_NUMBER, f"{_PAIR} of the ratio"),
 }
 

@@ -196,13 +196,14 @@ def _run_pass(
 ) -> list[tuple[list[float], float]]:
     """Return each runner's block of calls in ms, and how long a call's threads waited for a core.
 
-    That is asked for between the blocks, and means nothing for what a device's events time.
+    That is asked for between the blocks, and is 0 for what a device's events time.
     """
     found: list[tuple[list[float], float]] = [([], 0.0)] * len(runners)
     for i in order_of_pass(number, len(runners)):
         before = waited_ns()
         block = timed(runners[i], calls, launched[i])
-        found[i] = block, max(0, waited_ns() - before) / 1e6 / calls
+        waited = max(0, waited_ns() - before)  # less than before where a thread has ended
+        found[i] = block, 0.0 if runners[i].events else waited / 1e6 / calls
         samples[i] += block
     return found
 

@@ -17,6 +17,6 @@ def waited_ns() -> int:
     with contextlib.suppress(OSError):
         for thread in _TASKS.iterdir():
             # Time on a core, time of waiting for one, and how often it ran.
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError, IndexError, ValueError):
                 found += int((thread / "schedstat").read_bytes().split()[1])
     return found

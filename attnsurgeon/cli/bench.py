@@ -123,7 +123,8 @@ def bench(
     """Time networks against each other, interleaved, with every gate open.
 
     One target is compared with its own untouched host; of several, all with the first. The
-    ratio is that of the faster half of each, with a 95 % interval.
+    ratio is that of the faster half of the blocks of each, with a 95 % interval; where others
+    hold the machine up, the doubts say what was compared instead.
     """
     if schema:
         from attnsurgeon.bench.schema import SCHEMA
