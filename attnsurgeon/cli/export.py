@@ -50,7 +50,10 @@ def export(
         typer.Option(help="Of .onnx: dynamo, torchscript, or auto (dynamo if it can)."),
     ] = "auto",
     optimize: Annotated[
-        bool, typer.Option("--optimize", help="Freeze a .pt file: weights become constants.")
+        bool,
+        typer.Option(
+            "--optimize", help="Freeze a .pt file for inference: weights become constants."
+        ),
     ] = False,
     compile: Annotated[
         bool, typer.Option("--compile", help="Make machine code of a .pt2 file; needs g++.")
