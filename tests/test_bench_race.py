@@ -307,7 +307,8 @@ class TestRace:
         timing.race([runner("a"), runner("b")], 1e-9)
         text = "".join(name[0] for name in log)
         rounds = text.split("mm")[1:]
-        assert rounds == ["bbaaab", "aabbba"] * 2 + ["bbaaab"]
+        assert len(rounds) >= 5  # more where such short calls do not settle
+        assert rounds == (["bbaaab", "aabbba"] * len(rounds))[: len(rounds)]
 
     def test_short_measurements_have_many_pairs_too(self, machine):
         found = timing.race([machine.runner(1, moving_ms=0), machine.runner(1, moving_ms=0)], 1)

@@ -9,8 +9,8 @@ import pytest
 from attnsurgeon.bench import waiting
 
 SCRIPT = """
-import os, subprocess, sys, time
-from attnsurgeon.bench.waiting import waited_ns
+import os, runpy, subprocess, sys, time
+waited_ns = runpy.run_path(sys.argv[2])["waited_ns"]  # without torch, which takes seconds to import
 os.sched_setaffinity(0, [min(os.sched_getaffinity(0))])
 spin = [sys.executable, "-c", "while True: pass"]
 others = [subprocess.Popen(spin) for _ in range(int(sys.argv[1]))]
@@ -28,7 +28,10 @@ finally:
 def share_waited(others):
     """Return the share of half a second that a process waited beside others on one core."""
     told = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(others)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", SCRIPT, str(others), waiting.__file__],
+        capture_output=True,
+        text=True,
+        check=True,
     )
     return float(told.stdout)
 
