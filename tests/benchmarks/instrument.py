@@ -280,15 +280,18 @@ def _agreements(options: argparse.Namespace, path: Path, image: Tensor) -> Itera
     yield judge_median(*turns[TURNS // 2], "torch.utils.benchmark")
     onnx = path.with_suffix(".onnx")
     attnsurgeon.export_model(attnsurgeon.load_model(path), onnx)
-    tools, profiles = [], []
+    tools, profiles, profiles_of_one = [], [], []
     for _ in range(TURNS):
         many, one = (_of_onnx(onnx, options.long, count) for count in (threads, 1))
         tools.append((many, *_middle(by_test_tool(onnx, image, seconds))))
-        yield judge_clock(*map(statistics.median, by_onnxruntime(onnx, image, seconds, threads)))
-        profiles.append((one, *_middle(by_onnxruntime(onnx, image, seconds, 1)[1])))
+        ours, theirs = by_onnxruntime(onnx, image, seconds, threads)
+        yield judge_clock(statistics.median(ours), statistics.median(theirs))
+        profiles.append((many, *_middle(theirs)))
+        profiles_of_one.append((one, *_middle(by_onnxruntime(onnx, image, seconds, 1)[1])))
     for turns, name in (
         (tools, "onnxruntime's test tool"),
-        (profiles, "onnxruntime's profiler, one thread"),
+        (profiles_of_one, "onnxruntime's profiler, one thread"),
+        (profiles, "onnxruntime's own"),
     ):
         turns.sort(key=lambda turn: turn[0].median_ms / turn[1])
         yield judge_median(*turns[TURNS // 2], name)
