@@ -217,10 +217,10 @@ class TestBench:
             )
 
 
-def test_without_a_compiler(refused, digits_file, monkeypatch):
-    monkeypatch.setattr(inductor.cpp, "cxx", (None, "no-such-compiler"))
+def test_without_a_compiler(refused, digits_file):
     args = ("export", digits_file, "-o", "x.pt2", "--compile")
-    refused(*args, says=["C++ compiler", "install g++", "leave --compile out"], at_once=True)
+    with inductor.patch("cpp.cxx", (None, "no-such-compiler")):
+        refused(*args, says=["C++ compiler", "install g++", "leave --compile out"], at_once=True)
 
 
 def test_what_cannot_be_compiled(tmp_path, monkeypatch, caplog):
