@@ -65,6 +65,23 @@ class Sum(nn.Module):
                 return x * y.mean(1, keepdim=True)
             case "scaled and read later":
                 return x * scale + x
+            case "read in another order":
+                square = self.conv(image[..., :5, :])
+                return torch.addcmul(square, square.transpose(2, 3), scale)
+            case "changed through a view":
+                seen = x.flatten(2).clamp_min_(0)
+                return (x * scale).sum() + seen
+            case "written into by name":
+                view = x.flatten(2)
+                torch.mul(y, y, out=x)
+                return (x * scale).sum() + view
+            case "the user's sum":
+                y += x * scale
+                return torch.relu(y)
+            case "the user's sum seen through a view":
+                view = y.flatten(2)
+                y += x * scale
+                return y.sum() + view
             case "read before":
                 x.mul(2).sum()
         return torch.relu(torch.addcmul(x, y, scale))
@@ -85,13 +102,16 @@ def outputs(program, model):
 
 STAY = ["the user's", "read later", "returned", "seen through a view", "perhaps the input"]
 STAY += ["held by what is not known", "of another size", "a vector joins the user's"]
-STAY += ["of two maps", "other arithmetic", "scaled and read later"]
+STAY += ["of two maps", "other arithmetic", "scaled and read later", "read in another order"]
+STAY += ["changed through a view", "written into by name"]
 USED = {
     "seen through a view before": 2,
     "sum read later": 1,
     "a vector joins": 2,
     "joins what was written": 3,
     "scaled": 3,
+    "the user's sum": 3,
+    "the user's sum seen through a view": 1,
 }
 USED |= {"scaled by a map of pixels": 1, "read before": 2, "plain": 2}
 

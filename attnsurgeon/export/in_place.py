@@ -10,7 +10,7 @@ operator after the other: compilers choose memory themselves.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram  # 0.1 s that only an export need wait for
 
 _ATEN = torch.ops.aten
-_CONV, _MUL, _ADD = _ATEN.conv2d.default, _ATEN.mul.Tensor, _ATEN.add.Tensor
+_CONV, _MUL = _ATEN.conv2d.default, _ATEN.mul.Tensor
+_ADD, _ADD_INTO = _ATEN.add.Tensor, _ATEN.add_.Tensor
 _ADDCMUL, _RELU, _RELU_INTO = _ATEN.addcmul.default, _ATEN.relu.default, _ATEN.relu_.default
 
 _INTO = {_ATEN.addcmul_.default, _ATEN.sub_.Tensor, _ATEN.mul.out, _ATEN.clamp_min_.default}
@@ -31,7 +32,7 @@ _READ = {_ATEN.mean.dim, _ATEN.amax.default, _ATEN.adaptive_avg_pool2d.default, 
 _READ |= {_ATEN.matmul.default}
 """More operators that keep no hold on what they read."""
 _VIEW = {_ATEN.flatten.using_ints, _ATEN.transpose.int, _ATEN.unsqueeze.default}
-"""Operators of which the readers see the same memory."""
+"""Operators that return the memory of their first argument, perhaps in another order."""
 
 
 def reuse_maps(program: ExportedProgram) -> int:
@@ -53,7 +54,7 @@ def _reuse(node: Node) -> bool:
         node.target = _ATEN.addcmul_.default
     elif node.target is _MUL and _is_vector(node.args[1], node) and _is_free(first, node):
         node.target, node.kwargs = _ATEN.mul.out, {"out": first}
-    elif node.target in (_ADD, _ATEN.add_.Tensor):
+    elif node.target in (_ADD, _ADD_INTO):
         return _add_into(node)
     elif _is_written(first) and (
         node.target is _RELU_INTO or (node.target is _RELU and _is_free(first, node))
@@ -72,6 +73,9 @@ def _add_into(node: Node) -> bool:
     for held, other in (node.args, node.args[::-1]):
         if not isinstance(held, Node) or not isinstance(other, Node):
             return False
+        # What a sum in place was to write into is then left as it was.
+        if node.target is _ADD_INTO and held is not node.args[0] and not _is_free(other, node):
+            continue
         if (_is_written(held) or _is_vector(other, node)) and _is_free(held, node):
             node.target, node.args, node.kwargs = _ATEN.sub_.Tensor, (held, other), {"alpha": -1}
             return True
@@ -100,25 +104,43 @@ def _is_free(held: Any, writer: Node) -> bool:
     names = _names_of(held)
     if names[-1].target not in _NEW:
         return False
-    readers = _readers(names) - {writer, *names}
+    views = _views_of(names)
+    if views & set(writer.all_input_nodes):  # in another order, it would be read as it changes
+        return False
+    readers = {reader for name in (*names, *views) for reader in name.users} - {writer, *names}
     known = all(reader.target in _NEW | _READ | _INTO | _VIEW for reader in readers)
     return known and not readers & _after(writer)
 
 
-def _readers(names: Iterable[Node]) -> set[Node]:
-    found = {reader for name in names for reader in name.users}
-    views = [reader for reader in found if reader.target in _VIEW]
-    return found | _readers(views) if views else found
+def _views_of(names: Collection[Node]) -> set[Node]:
+    """Return the other nodes that stand for this memory, also as a network's code wrote into it."""
+    found: set[Node] = set()
+    ahead = list(names)
+    while ahead:
+        name = ahead.pop()
+        made = {
+            reader
+            for reader in name.users
+            if reader.target in _VIEW | _INTO and _memory_of(reader) is name
+        }
+        ahead += made - found
+        found |= made
+    return found - set(names)
 
 
 def _names_of(held: Node) -> list[Node]:
     """Return all nodes that stand for the same memory, back to the one that made it."""
     names = [held]
-    while names[-1].target in {*_INTO, _RELU_INTO, _ATEN.add_.Tensor}:
-        first = names[-1].args[0]
+    while names[-1].target in {*_INTO, _RELU_INTO, _ADD_INTO}:
+        first = _memory_of(names[-1])
         assert isinstance(first, Node)
         names.append(first)
     return names
+
+
+def _memory_of(node: Node) -> Any:
+    """Return what a view is of, or what an operator writes into."""
+    return node.kwargs.get("out", node.args[0])
 
 
 def _after(node: Node) -> set[Node]:
