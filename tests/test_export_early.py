@@ -106,6 +106,7 @@ class Reading(nn.Module):
         super().__init__()
         self.kind = kind
         narrow = kind == "narrowing"
+        self.register_buffer("fixed", torch.ones(16, 8, 1, 1), persistent=False)
         self.conv = nn.Conv2d(8, 4 if narrow else 16, 1, stride=2 if kind == "strided" else 1)
         self.read = nn.Conv2d(4 if narrow else 16, 3, 1, bias=kind != "no bias")
 
@@ -124,12 +125,21 @@ class Reading(nn.Module):
             case "not a softmax":
                 weights = torch.sigmoid(y[:, :1].flatten(2)).transpose(1, 2)
                 return self.read(torch.matmul(y.flatten(2), weights).unsqueeze(3)), y
+            case "input changes":
+                z = x.sin()
+                y = self.conv(z)
+                z.mul_(3)
+                return self.read(y.mean([2, 3], keepdim=True)), y, z
+            case "weights that are not saved":
+                y = nn.functional.conv2d(x, self.fixed)
+                return self.read(y.mean([2, 3], keepdim=True)), y
             case "alone":
                 return self.read(y.mean([2, 3], keepdim=True))
         return self.read(y.mean([2, 3], keepdim=True)), y
 
 
 KINDS = ["one axis", "read by two", "shared reader", "maximum", "not a softmax", "alone"]
+KINDS += ["input changes", "weights that are not saved"]
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "narrowing", "strided", "no bias"])

@@ -136,3 +136,30 @@ def test_what_something_else_reads_stays(kind):
 def test_train_mode_stays():
     model = nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)).train()
     assert fold_norms(program_of(model, torch.randn(2, 4, 9, 9))) == 0
+
+
+class Unsaved(nn.Module):
+    """A norm after filters that are fixed, and in no state dict."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("fixed", torch.randn(8, 4, 3, 3), persistent=False)
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x):
+        return self.norm(nn.functional.conv2d(x, self.fixed))
+
+
+def test_filters_that_are_not_saved_stay():
+    program = program_of(randomised(Unsaved()), torch.randn(2, 4, 9, 9))
+    assert fold_norms(program) == 0
+
+
+def test_a_norm_of_more_bits_than_the_filters_stays():
+    model = randomised(nn.Sequential(nn.Conv2d(4, 8, 3), nn.BatchNorm2d(8)))
+    model[0].bfloat16()
+    image = torch.randn(2, 4, 9, 9).bfloat16()
+    program = program_of(model, image)
+    assert fold_norms(program) == 0
+    with torch.no_grad():
+        assert torch.equal(program.module()(image), model(image))

@@ -84,15 +84,29 @@ class Sum(nn.Module):
                 return torch.relu((x.sin() + t) + x)
             case "another vector":
                 return torch.relu((y + t) + t.sin())
+            case "into the shortcut":
+                shortcut = x.sin()
+                view = shortcut.flatten(2)
+                shortcut += y + t
+                return shortcut.sum() + view
+            case "term changes":
+                total = y + t
+                t.relu_()
+                return torch.relu(total + x)
+            case "in place":
+                total = y + t
+                total += x
+                return torch.relu(total)
         return torch.relu((y + t) + x)
 
 
 KINDS = ["no shortcut", "whole map", "read twice", "no convolution", "another vector"]
+KINDS += ["into the shortcut", "term changes"]
 
 
-@pytest.mark.parametrize("kind", [*KINDS, "plain"])
+@pytest.mark.parametrize("kind", [*KINDS, "in place", "plain"])
 def test_other_sums_stay(kind):
     model = Sum(kind).eval()
     program, moved = rewritten(model)
-    assert moved == (kind == "plain")
+    assert moved == (kind in ("plain", "in place"))
     torch.testing.assert_close(*outputs(program, model))

@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from attnsurgeon.export.fold import names_in_state
+from attnsurgeon.export.scales import is_written_between
+
 if TYPE_CHECKING:
     from torch.export import ExportedProgram  # 0.1 s that only an export need wait for
 
@@ -32,16 +35,15 @@ def read_early(program: ExportedProgram, kept: Collection[str] = ()) -> int:
     The program's own tensors change; those of the model that it was made from do not. Tensors of
     the names in `kept` stay as they are: a gate is found by its name, and in its shape.
     """
-    names = {
-        **program.graph_signature.inputs_to_parameters,
-        **program.graph_signature.inputs_to_buffers,
-    }
+    names = names_in_state(program)
     folded = {node: path for node, path in names.items() if path not in kept}
     count = 0
     for conv in [node for node in program.graph.nodes if _widens(node, folded, program)]:
         for user in list(conv.users):
             path = _path_to_reader(user, conv)
-            if path and len(conv.users) > 1 and _owns_weights(path[-1], folded):
+            if not path or len(conv.users) < 2 or is_written_between(conv, path[-1]):
+                continue  # what the convolution read may be another map by then
+            if _owns_weights(path[-1], folded):
                 _rewire(program, conv, path, names)
                 count += 1
     program.graph_module.recompile()

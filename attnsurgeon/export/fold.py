@@ -36,10 +36,7 @@ def fold_norms(program: ExportedProgram, kept: Collection[str] = ()) -> int:
     the names in `kept` stay as they are: a norm can be a gate, which is found by its name.
     """
     graph = program.graph
-    names = {
-        **program.graph_signature.inputs_to_parameters,
-        **program.graph_signature.inputs_to_buffers,
-    }
+    names = names_in_state(program)
     free = {node: path for node, path in names.items() if path not in kept}
     norms = [node for node in graph.nodes if node.target is _NORM and _can_fold(node, free)]
     read = {node.name for node in graph.nodes if node.name in names and node.users}
@@ -57,15 +54,28 @@ def fold_norms(program: ExportedProgram, kept: Collection[str] = ()) -> int:
     return len(norms)
 
 
+def names_in_state(program: ExportedProgram) -> dict[str, str]:
+    """Return node -> path of what the state dict holds; buffers that are not saved are not."""
+    signature = program.graph_signature
+    named = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
+    return {node: path for node, path in named.items() if path in program.state_dict}
+
+
 def _can_fold(norm: Node, names: dict[str, str]) -> bool:
     """Tell whether the norm is in eval mode, and nothing else reads what folding changes."""
     conv, *tensors = norm.args[:5]
     if norm.args[5] or not isinstance(conv, Node) or conv.target not in _CONVOLUTIONS:
         return False
     bias = conv.args[2] if len(conv.args) > 2 else None
-    held = [conv.args[1], *tensors, *([] if bias is None else [bias])]
+    held: list[Any] = [conv.args[1], *tensors, *([] if bias is None else [bias])]
     are_own = all(isinstance(t, Node) and t.name in names and len(t.users) == 1 for t in held)
-    return are_own and len(conv.users) == 1 and not conv.kwargs
+    # Norms that were kept in float32 would give the convolution a bias that it cannot add.
+    return (
+        are_own
+        and len({tensor.meta["val"].dtype for tensor in held}) == 1
+        and len(conv.users) == 1
+        and not conv.kwargs
+    )
 
 
 def _fold(program: ExportedProgram, norm: Node, names: dict[str, str]) -> None:

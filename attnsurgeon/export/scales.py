@@ -47,12 +47,17 @@ def _is_own_product(product: Any, reader: Node) -> bool:
         return False
     if len(product.users) > 1 or not all(isinstance(part, Node) for part in product.args):
         return False
-    step = product.next
-    while step is not reader:
-        if _writes(step):  # perhaps into one of the factors
-            return False
+    return not is_written_between(product, reader)  # perhaps into one of the factors
+
+
+def is_written_between(first: Node, last: Node) -> bool:
+    """Tell whether anything between two nodes may change a tensor that was there before it."""
+    step = first.next
+    while step is not last:
+        if _writes(step):
+            return True
         step = step.next
-    return True
+    return False
 
 
 def _writes(node: Node) -> bool:

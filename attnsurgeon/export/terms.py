@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.fx import Node
 
+from attnsurgeon.export.scales import is_written_between
+
 if TYPE_CHECKING:
     from torch.export import ExportedProgram  # 0.1 s that only an export need wait for
 
@@ -62,6 +64,9 @@ def _join_shortcut(node: Node) -> bool:
     """Let the term be added to what the sum is added to next, if it is a map of the same shape."""
     after = next(iter(node.users))
     if after.target not in (_ADD, _ATEN.add_.Tensor) or after.kwargs or len(after.args) != 2:
+        return False
+    # The term is read later then, and a sum in place must write into what nothing else reads.
+    if is_written_between(node, after) or (after.target is not _ADD and after.args[0] is not node):
         return False
     shortcut: Any = after.args[1] if after.args[0] is node else after.args[0]
     if not isinstance(shortcut, Node) or shortcut is node:
