@@ -14,7 +14,7 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 import attnsurgeon
 from attnsurgeon.bench import Comparison, Timing
-from attnsurgeon.bench.interval import NOISE
+from attnsurgeon.bench.interval import NOISE, Estimate
 from attnsurgeon.bench.rounds import Race
 from attnsurgeon.errors import EngineUnavailable
 from attnsurgeon.surgery import cuts_of
@@ -26,6 +26,7 @@ import cost_table  # noqa: E402
 import gpu  # noqa: E402
 import gpu_table  # noqa: E402
 import instrument  # noqa: E402
+import other_clocks  # noqa: E402
 
 
 def comparison(low, ratio, high, verdict=NOISE):
@@ -71,13 +72,30 @@ class TestInstrument:
     def test_the_other_runtimes_tool_is_read(self, tmp_path):
         path = tmp_path / "x.onnx"
         attnsurgeon.export_model(nn.Conv2d(3, 4, 1), path, example=torch.zeros(1, 3, 8, 8))
-        told = instrument.by_test_tool(path, torch.zeros(1, 3, 8, 8), 0.05)
+        told = other_clocks.by_test_tool(path, torch.zeros(1, 3, 8, 8), 0.05)
         assert all(0 < ms < 1000 for ms in told)
 
     def test_another_median_fails(self):
         ours = Timing("a", "eager", "cpu", 1, (10.0,), median95_ms=(9.9, 10.1))
         assert instrument.judge_median(ours, 10.2, 0.01, "x").passed
         assert not instrument.judge_median(ours, 11.5, 0.01, "x").passed
+
+    def test_what_looking_costs_is_no_difference_and_nothing_else_is(self):
+        ours = Timing("a", "eager", "cpu", 1, (10.0,), median95_ms=(9.9, 10.1))
+        looking, none = Estimate(1.2, 1.19, 1.21), Estimate(1.0, 0.99, 1.01)
+        found = instrument.judge_profiler(ours, [12.0, 12.1, 11.9], looking)
+        assert found.passed
+        assert "(12 ms, calls that it slows by 20.0 %)" in found.what
+        assert not instrument.judge_profiler(ours, [12.0, 12.1, 11.9], none).passed
+        assert not instrument.judge_profiler(ours, [10.0, 10.1, 9.9], looking).passed
+
+    def test_the_profiler_is_read_and_its_cost_measured(self, tmp_path):
+        path = tmp_path / "x.onnx"
+        attnsurgeon.export_model(nn.Conv2d(3, 4, 1), path, example=torch.zeros(1, 3, 8, 8))
+        told, cost = other_clocks.by_profiler(path, torch.zeros(1, 3, 8, 8), 0.1, 1)
+        assert all(0 < ms < 1000 for ms in told)
+        assert 0 < cost.low <= cost.ratio <= cost.high
+        assert all(file.parent == tmp_path for file in tmp_path.rglob("*.json"))
 
     def test_another_clock_fails(self):
         assert instrument.judge_clock(10.1, 10.0).passed

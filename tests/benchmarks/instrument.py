@@ -11,10 +11,7 @@ one did not. A 95 % interval misses once in twenty times by its nature: that is 
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import multiprocessing
-import re
 import statistics
 import sys
 import tempfile
@@ -26,16 +23,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from other_clocks import by_onnxruntime, by_profiler, by_test_tool, by_torch
 from torch import Tensor, nn
-from torch.utils import benchmark
 
 import attnsurgeon
-from attnsurgeon.bench import Comparison, Timing, timing
-from attnsurgeon.bench.exported import session_for
+from attnsurgeon.bench import Comparison, Timing
 from attnsurgeon.bench.inputs import make_inputs
-from attnsurgeon.bench.interval import NOISE
+from attnsurgeon.bench.interval import NOISE, Estimate
 from attnsurgeon.card import card_of
-from attnsurgeon.gate import named_gates
 from attnsurgeon.host import load_host
 
 LEAST_HOLDING = 0.95
@@ -49,8 +44,6 @@ REPEATED = 21, 20
 SAME_CALLS = 0.02
 """Of the median of calls that two clocks have both seen."""
 TURNS = 3
-TOOL_RUNS = 8
-"""Of ONNX Runtime's test tool in one turn: it tells the mean of a run only."""
 AGREEMENT = 0.03
 """Of medians, beyond what both instruments' own intervals allow: they run at other moments."""
 
@@ -186,17 +179,13 @@ def judge_median(ours: Timing, other_ms: float, spread: float, name: str) -> Fin
     )
 
 
-def by_torch(path: Path, image: Tensor, seconds: float, threads: int) -> tuple[float, float]:
-    """Return the median in ms by torch.utils.benchmark, and its relative spread."""
-    model = attnsurgeon.load_model(path)
-    for gate in named_gates(model).values():
-        torch.nn.init.constant_(gate, 0.5)
-    timer = benchmark.Timer(
-        "model(image)", globals={"model": model, "image": image}, num_threads=threads
-    )
-    with torch.inference_mode():
-        measured = timer.blocked_autorange(min_run_time=seconds)
-    return 1e3 * measured.median, measured.iqr / measured.median / 2
+def judge_profiler(ours: Timing, profiled_ms: Sequence[float], cost: Estimate) -> Finding:
+    """Judge our median by that of ONNX Runtime's profiler, less what looking costs."""
+    middle, spread = _middle(profiled_ms)
+    unsure = (cost.high - cost.low) / cost.ratio / 2
+    told = f"{middle:.4g} ms, calls that it slows by {100 * (cost.ratio - 1):.1f} %"
+    name = f"onnxruntime's profiler ({told})"
+    return judge_median(ours, middle / cost.ratio, spread + unsure, name)
 
 
 def judge_clock(ours_ms: float, other_ms: float) -> Finding:
@@ -206,42 +195,6 @@ def judge_clock(ours_ms: float, other_ms: float) -> Finding:
         f"{ours_ms:.4g} ms against {other_ms:.4g} ms",
         abs(ours_ms / other_ms - 1) <= SAME_CALLS,
     )
-
-
-def by_onnxruntime(
-    path: Path, image: Tensor, seconds: float, threads: int
-) -> tuple[list[float], list[float]]:
-    """Return the times in ms of the same calls by our clock, and by ONNX Runtime's own profiler.
-
-    Its profiler itself makes the calls slower: by 1 to 6 % with one thread, by up to 20 % with two.
-    """
-    import json
-
-    session = session_for(path, threads=threads, profile_to=path.with_suffix(""))
-    feed = {session.get_inputs()[0].name: image.numpy()}
-    runner = timing.Runner(lambda: session.run(None, feed), lambda: None)
-    until, ours = time.perf_counter() + seconds, []
-    while time.perf_counter() < until:
-        ours += timing.timed(runner, 1)
-    events = json.loads(Path(session.end_profiling()).read_text(encoding="utf-8"))
-    theirs = [event["dur"] / 1e3 for event in events if event.get("name") == "model_run"]
-    return ours[2:], theirs[2:]
-
-
-def by_test_tool(path: Path, image: Tensor, seconds: float) -> list[float]:
-    """Return mean times in ms by ONNX Runtime's own test tool, which uses every core."""
-    from onnxruntime.tools import onnxruntime_test
-
-    feed = {session_for(path, threads=1).get_inputs()[0].name: image.numpy()}
-    found: list[float] = []
-    until, calls = time.perf_counter() + seconds, 10
-    while len(found) < 2 or time.perf_counter() < until:
-        told = io.StringIO()
-        with contextlib.redirect_stdout(told):
-            onnxruntime_test.run_model(str(path), calls, feeds=feed, override_initializers=False)
-        found.append(float(re.findall(r"avg latency: (\S+) ms", told.getvalue())[0]))
-        calls = max(10, round(seconds / TOOL_RUNS * 1e3 / found[-1]))
-    return found[1:]
 
 
 def findings(options: argparse.Namespace, folder: Path) -> Iterator[Finding]:
@@ -286,15 +239,16 @@ def _agreements(options: argparse.Namespace, path: Path, image: Tensor) -> Itera
         tools.append((many, *_middle(by_test_tool(onnx, image, seconds))))
         ours, theirs = by_onnxruntime(onnx, image, seconds, threads)
         yield judge_clock(statistics.median(ours), statistics.median(theirs))
-        profiles.append((many, *_middle(theirs)))
+        profiles.append((many, *by_profiler(onnx, image, seconds, threads)))
         profiles_of_one.append((one, *_middle(by_onnxruntime(onnx, image, seconds, 1)[1])))
     for turns, name in (
         (tools, "onnxruntime's test tool"),
         (profiles_of_one, "onnxruntime's profiler, one thread"),
-        (profiles, "onnxruntime's own"),
     ):
         turns.sort(key=lambda turn: turn[0].median_ms / turn[1])
         yield judge_median(*turns[TURNS // 2], name)
+    profiles.sort(key=lambda turn: turn[0].median_ms / statistics.median(turn[1]))
+    yield judge_profiler(*profiles[TURNS // 2])
 
 
 def _of_onnx(path: Path, seconds: float, threads: int) -> Timing:
