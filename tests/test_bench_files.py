@@ -301,6 +301,13 @@ class TestFiles:
         assert places
         assert all(0 <= float(place) <= 100 for place in places)
 
+    def test_no_axis_begins_before_zero(self):
+        run = {"target": "a", "engine": "eager", "device": "cpu", "batch": 1, "precision": "fp32"}
+        run |= {"channels_last": False, "train": False, "samples_ms": [0.1, 100.0]}
+        page = "".join(charts.draw_distributions([run | {"p5_ms": 0.1, "p99_ms": 100}], {"a": "a"}))
+        assert "<span>0 ms</span>" in page
+        assert charts._Axis([{"interval95": (0.01, 9.0)}]).low == -100
+
     def test_targets_are_told_by_their_names_without_folders(self, results, tmp_path):
         write_results(results, tmp_path / "r.html")
         page = (tmp_path / "r.html").read_text(encoding="utf-8").partition("</pre>")[2]

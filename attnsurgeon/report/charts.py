@@ -26,7 +26,7 @@ class _Axis:
         ends: list[float] = [100 * (end - 1) for ratio in ratios for end in ratio["interval95"]]
         low, high = min(0.0, *ends), max(0.0, *ends)
         air = MARGIN * ((high - low) or 1.0)
-        self.low, self.high = low - air, high + air
+        self.low, self.high = max(-100.0, low - air), high + air  # nothing takes less than no time
 
     def place(self, percent: float) -> float:
         """Return where a value stands, in per cent of the width."""
@@ -88,7 +88,8 @@ def draw_distributions(runs: Sequence[Run], names: Mapping[str, str]) -> Iterato
         group = [run for run in runs if job_in_words(run) == job]
         low = min(run["p5_ms"] for run in group)
         high = max(run["p99_ms"] for run in group)
-        low, high = (low - MARGIN * (high - low), high) if high > low else (0.9 * low, 1.1 * high)
+        air = MARGIN * (high - low)
+        low, high = (max(0.0, low - air), high) if high > low else (0.9 * low, 1.1 * high)
         edges = np.linspace(low, high, BINS + 1)
         heights = [_density(run["samples_ms"], edges) for run in group]
         top = max(float(height.max()) for height in heights) or 1.0
