@@ -51,7 +51,8 @@ def by_onnxruntime(
     session = session_for(path, threads=threads, profile_to=path.with_suffix(""))
     feed = {session.get_inputs()[0].name: image.numpy()}
     runner = timing.Runner(lambda: session.run(None, feed), lambda: None)
-    until, ours = time.perf_counter() + seconds, []
+    until = time.perf_counter() + seconds
+    ours: list[float] = []
     while len(ours) < 2 + FEWEST or time.perf_counter() < until:
         ours += timing.timed(runner, 1)
     return ours[2:], _profiled_ms(session)
