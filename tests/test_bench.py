@@ -275,6 +275,30 @@ class TestTargets:
         target = targets.Target("x", (IMAGE.half(), torch.zeros(1, 3).long(), None), "given")
         assert inputs.cast_inputs(made, target)[0].dtype == torch.float16
 
+    def test_a_list_of_images_is_as_long_as_the_batch(self):
+        """As detectors take them: images of sizes of their own."""
+        seen = []
+
+        class Listed(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.net = Tiny()
+
+            def forward(self, images):
+                seen.append([tuple(image.shape) for image in images])
+                return torch.cat([self.net(image[None]) for image in images])
+
+        sizes = [(3, 8, 8), (3, 8, 12)]
+        example = ([torch.zeros(size) for size in sizes],)
+        options = {**QUICK, "seconds": 0.02, "example": example}
+        report = compare_speed([Listed()], batches=(1, 3), **options)
+        assert seen[-1] == [*sizes, sizes[0]]
+        assert seen[0] == sizes[:1]
+        macs = sum(8 * channels * 9 * 64 for channels in (3, 8)) + 32
+        assert {run.macs for run in report.runs} == {macs}
+        with pytest.raises(BadOption, match="takes images of sizes of their own, Tiny takes"):
+            compare_speed([Tiny(), "fasterrcnn_mobilenet_v3_large_320_fpn"], **QUICK)
+
     def test_the_host_has_the_files_own_weights(self, digits_file):
         host, own = targets.read_targets([digits_file])
         state = own.module.state_dict()

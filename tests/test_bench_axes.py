@@ -11,7 +11,13 @@ from torch import nn
 from attnsurgeon import bench, compare_speed
 from attnsurgeon.bench import engines, largest, lineup, memory, precision, targets, training
 from attnsurgeon.bench.session import BenchInterrupted
-from attnsurgeon.errors import BadOption, EngineUnavailable, MissingPackage, UnknownName
+from attnsurgeon.errors import (
+    BadOption,
+    EngineUnavailable,
+    HostUnusable,
+    MissingPackage,
+    UnknownName,
+)
 from tests.networks import IMAGE, QUICK, Residual, Tiny
 
 SMALL = {**QUICK, "input_size": (8, 8), "seconds": 0.05}
@@ -169,6 +175,18 @@ class TestTraining:
             training.make_step(nn.ReLU(), nn.ReLU(), (), None)
         with pytest.raises(BadOption, match="--per-site measures inference"):
             compare_speed([Residual()], train=True, per_site=True, **QUICK)
+
+    def test_what_cannot_be_trained_on_says_what_to_do(self):
+        class Normed(nn.Sequential):
+            pass
+
+        net = Normed(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.BatchNorm2d(4))
+        options = {**SMALL, "example": IMAGE, "train": True}
+        words = "Normed does not run a step of training on a batch of 1: .*give a larger --batch"
+        with pytest.raises(HostUnusable, match=words) as caught:
+            compare_speed([net], **options)
+        assert "\n" not in str(caught.value)
+        assert compare_speed([net], batches=(2,), **options).runs
 
 
 class TestLargest:

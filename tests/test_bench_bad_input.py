@@ -90,7 +90,7 @@ class TestBadInput:
             ("noise.pth", b"x" * 99, BadFile, "cannot be timed: a target is"),
         ],
     )
-    def test_targets(self, tmp_path, name, content, kind, words):
+    def test_targets(self, tmp_path, name, content, kind, words, caplog):
         path = tmp_path / name
         if content is not None:
             path.write_bytes(content)
@@ -99,6 +99,7 @@ class TestBadInput:
         with pytest.raises(kind, match=words) as caught:
             compare_speed([path if suffix else name], engines=(engine,), **QUICK)
         assert caught.value.exit_code == 2
+        assert not caplog.records  # nothing besides that one line
 
     @pytest.mark.parametrize("engine", ["eager", "torchscript", "compile"])
     def test_an_onnx_file_runs_on_onnxruntime_only(self, tiny_onnx, engine):

@@ -14,10 +14,11 @@ from rich.console import Console
 from attnsurgeon import compare_speed, gates
 from attnsurgeon.bench import job, per_site, regression
 from attnsurgeon.bench.interval import Estimate
+from attnsurgeon.bench.results import Comparison
 from attnsurgeon.bench.schema import SCHEMA, VERSION, misfit
 from attnsurgeon.bench.session import BenchInterrupted
 from attnsurgeon.bench.targets import read_targets
-from attnsurgeon.errors import BadFile, BadOption, MissingPackage, TooSlow
+from attnsurgeon.errors import BadFile, BadOption, MissingPackage, OutputRefused, TooSlow
 from attnsurgeon.report import charts
 from attnsurgeon.report.files import write_results
 from attnsurgeon.report.live import live_progress
@@ -156,6 +157,35 @@ class TestRegression:
         path.write_text(text)
         with pytest.raises(BadFile, match=words):
             regression.read_results(path)
+
+    @pytest.mark.parametrize(
+        ("kind", "wrong"),
+        [
+            ("comparisons", {"ratio": 0}),
+            ("comparisons", {"ratio": -1.0}),
+            ("comparisons", {"ratio": float("nan")}),
+            ("comparisons", {"ratio": float("inf"), "interval95": [1.0, float("inf")]}),
+            ("comparisons", {"ratio": 10**400, "interval95": [1.0, 10**401]}),
+            ("comparisons", {"ratio": 1.0, "interval95": [0.0, 2.0]}),
+            ("comparisons", {"ratio": 1.5, "interval95": [2.0, 1.0]}),
+            ("comparisons", {"interval95": [1.0]}),
+            ("runs", {"median_ms": 0}),
+            ("runs", {"median95_ms": []}),
+        ],
+    )
+    def test_figures_that_cannot_be_are_refused(self, results, tmp_path, kind, wrong):
+        path = tmp_path / "old.json"
+        broken = copy.deepcopy(results)
+        broken[kind][0].update(wrong)
+        path.write_text(json.dumps(broken))
+        with pytest.raises(BadFile, match=rf"is damaged: results.{kind}\[0\]"):
+            regression.read_results(path)
+
+    def test_a_tiny_ratio_is_not_written_as_none(self):
+        found = Comparison("a", "b", "eager", "cpu", 1, 3.14159e-5, (3.1e-5, 3.2e-5), "-100 %")
+        written = found.to_json()
+        assert written["ratio"] == 3.142e-05
+        assert written["interval95"] == [3.1e-5, 3.2e-5]
 
     def test_files_of_one_name_in_two_folders_are_kept_apart(self, results):
         old = other(results, ratio=1.02)
@@ -317,6 +347,23 @@ class TestFiles:
         (folder / "r.json").write_text("x")
         refused("bench", digits_file, "-o", "r.json", says=["--force"], at_once=True)
 
+    def test_one_that_is_named_twice_is_written_once(self, run, folder, digits_file):
+        outcome = run("bench", digits_file, *QUICK, "-o", "r.json", "-o", "./r.json")
+        assert outcome.code == 0
+        assert json.loads((folder / "r.json").read_text())["runs"]
+
+    def test_what_was_measured_is_shown_though_it_cannot_be_written(
+        self, run, folder, digits_file, monkeypatch
+    ):
+        def full(*args, **options):
+            raise OutputRefused("no space left")
+
+        monkeypatch.setattr("attnsurgeon.report.files.write_results", full)
+        outcome = run("bench", digits_file, *QUICK, "-o", "r.json", "--json")
+        assert outcome.code == 2
+        assert "no space left" in outcome.err
+        assert len(json.loads(outcome.out)["runs"]) == 2
+
     def test_several_at_once(self, run, folder, digits_file):
         outcome = run("bench", digits_file, *QUICK, "-o", "r.json", "-o", "r.html")
         assert outcome.code == 0
@@ -368,6 +415,13 @@ class TestCommand:
         ):
             refused("bench", digits_file, *words, says=[says], at_once=True)
         refused("bench", says=["name at least one target"], at_once=True)
+
+    @pytest.mark.parametrize(
+        "words", [("-o", "r.json"), ("--seconds", "3"), ("--engine", "eager"), ("--train",)]
+    )
+    def test_options_that_a_comparison_leaves_unused_are_refused(self, refused, words):
+        says = ["is of a measurement; leave it or --compare out"]
+        refused("bench", "--compare", "old.json", "new.json", *words, says=says, at_once=True)
 
     def test_an_interrupt_keeps_what_was_measured(self, run, folder, digits_file, monkeypatch):
         report = compare_speed([digits_file], seconds=0.1, threads=1, device="cpu")

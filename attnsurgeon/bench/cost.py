@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from attnsurgeon.bench.exported import PROFILED_CALLS, is_of_onnxruntime, script_constants
-from attnsurgeon.bench.inputs import cast_inputs
+from attnsurgeon.bench.inputs import cast_inputs, images_in
 from attnsurgeon.bench.onnx_cost import count_onnx, numbers_in
 from attnsurgeon.bench.packages import load_package
 from attnsurgeon.bench.targets import Inputs, Target
@@ -74,7 +74,7 @@ def count_cost(target: Target, inputs: Inputs) -> Cost:
             f"{target.name} does not run on inputs of shape {shapes}: {first_line(error)}; "
             "give another --input-size"
         ) from error
-    batch = next((part.shape[0] for part in own if isinstance(part, Tensor)), 1)
+    batch = images_in(own)
     return Cost(
         _numbers_of(target),
         count.macs // batch,

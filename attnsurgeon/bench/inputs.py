@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from itertools import cycle, islice
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from attnsurgeon.bench.targets import Inputs, Target
 from attnsurgeon.borrow import borrowed_randomness
@@ -52,16 +54,23 @@ def _kinds(example: Inputs) -> list[str]:
         if _is_image(part)
         else f"tensors of shape {('N', *part.shape[1:])}"
         if isinstance(part, Tensor)
+        else "images of sizes of their own"
+        if isinstance(part, list)
         else repr(part)
         for part in example
     ]
 
 
 def make_inputs(example: Inputs, batch: int, device: torch.device) -> Inputs:
-    """Return a batch like the example, each time the same: floats random, the rest repeated."""
+    """Return a batch like the example, each time the same: floats random, the rest repeated.
+
+    A list holds images of sizes of their own, as detectors take them: those of the example in turn.
+    """
     with borrowed_randomness(batch):
         return tuple(
-            part
+            [image.to(device) for image in islice(cycle(part), batch)]
+            if _is_list(part)
+            else part
             if not isinstance(part, Tensor)
             else torch.randn(batch, *part.shape[1:]).to(device)
             if part.is_floating_point()
@@ -70,10 +79,26 @@ def make_inputs(example: Inputs, batch: int, device: torch.device) -> Inputs:
         )
 
 
+def _is_list(part: Any) -> bool:
+    return isinstance(part, list) and bool(part) and all(isinstance(p, Tensor) for p in part)
+
+
+def images_in(inputs: Inputs) -> int:
+    """Return how many images a batch holds."""
+    for part in inputs:
+        if isinstance(part, Tensor) or _is_list(part):
+            return len(part)
+    return 1
+
+
 def cast_inputs(inputs: Inputs, target: Target) -> Inputs:
     """Return the same inputs in the dtypes of the target; the very same ones where they fit."""
     return tuple(
-        part.to(own.dtype) if isinstance(part, Tensor) else part
+        part.to(own.dtype)
+        if isinstance(part, Tensor)
+        else [image.to(own[0].dtype) for image in part]
+        if _is_list(part)
+        else part
         for part, own in zip(inputs, target.example, strict=True)
     )
 
@@ -96,7 +121,7 @@ def send_inputs(inputs: Inputs, device: torch.device) -> tuple[Inputs, float | N
     for _ in range(3):  # the first one wakes the device
         torch.cuda.synchronize(device)
         start = time.perf_counter()
-        sent = tuple(p.to(device) if isinstance(p, Tensor) else p for p in inputs)
+        sent = tree_map_only(Tensor, lambda part: part.to(device), inputs)
         torch.cuda.synchronize(device)
         times.append(1e3 * (time.perf_counter() - start))
     return sent, min(times)

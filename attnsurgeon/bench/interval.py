@@ -112,20 +112,22 @@ def verdict(found: Estimate) -> str:
     """Return "+6.2 % [5.1, 7.4]", or NOISE where the interval holds 1 at the digits it supports."""
     change, low, high = (100 * (value - 1) for value in (found.ratio, found.low, found.high))
     decimals = supported_decimals((high - low) / 2)
-    shown = [round(value, decimals) for value in (low, high)]
-    if shown[0] <= 0 <= shown[1]:
+    change, low, high = (round(value, decimals) for value in (change, low, high))
+    if low <= 0 <= high:
         return NOISE
-    return f"{change:+.{decimals}f} % [{low:.{decimals}f}, {high:.{decimals}f}]"
+    places = max(0, decimals)
+    return f"{change:+.{places}f} % [{low:.{places}f}, {high:.{places}f}]"
 
 
 def supported_decimals(half_width: float) -> int:
     """Return how many decimals of a percentage its uncertainty supports, MAX_DECIMALS at most.
 
     The uncertainty keeps two digits up to 35, one from there on (the Particle Data Group's rule):
-    1.15 is worth one decimal and so is 0.85, but 0.25 is worth two and 5 none.
+    1.15 is worth one decimal and so is 0.85, but 0.25 is worth two and 5 none; 50 is worth -1,
+    which leaves the tens.
     """
     if half_width <= 0:
         return MAX_DECIMALS
     exponent = math.floor(math.log10(half_width))
     digits = 2 if half_width / 10.0**exponent < 3.55 else 1
-    return min(MAX_DECIMALS, max(0, digits - 1 - exponent))
+    return min(MAX_DECIMALS, digits - 1 - exponent)

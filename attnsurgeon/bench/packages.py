@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +96,8 @@ def read_program(path: Path) -> Program:
     """
     notes = dict.fromkeys((SIZE_KEY, RECIPE_KEY, GATES_KEY), "")
     try:
-        program = torch.export.load(io.BytesIO(path.read_bytes()), extra_files=notes)
+        with _silent_log():
+            program = torch.export.load(io.BytesIO(path.read_bytes()), extra_files=notes)
     except Exception as error:  # of a dozen classes, as the file is no zip, or of another version
         raise BadFile(
             f"{str(path)!r} is no program of torch.export: {first_line(error)}"
@@ -112,6 +115,18 @@ def read_program(path: Path) -> Program:
             if notes[RECIPE_KEY] and is_gate(name, layers)
         },
     )
+
+
+@contextmanager
+def _silent_log() -> Iterator[None]:
+    """Keep torch.export from logging the traceback of an error that is told in one line."""
+    log = logging.getLogger(torch.export.__name__)
+    before = log.disabled
+    log.disabled = True
+    try:
+        yield
+    finally:
+        log.disabled = before
 
 
 def _inputs_of(

@@ -154,7 +154,7 @@ def _feature_shapes(model: nn.Module, inputs: Inputs) -> dict[str, tuple[int, ..
             shapes.setdefault(path, tuple(given[0].shape[1:]))
 
         hooks.append(model.get_submodule(cut.child).register_forward_pre_hook(note))
-    one = tuple(part[:1] if isinstance(part, Tensor) else part for part in inputs)
+    one = tuple(part[:1] if isinstance(part, Tensor | list) else part for part in inputs)
     try:
         with torch.no_grad(), borrowed_buffers(model):
             model(*one)

@@ -15,12 +15,18 @@ from attnsurgeon.bench.cost import fixed_batch
 from attnsurgeon.bench.doubts import folded_doubt
 from attnsurgeon.bench.engines import Engine, Place
 from attnsurgeon.bench.exported import session_for
-from attnsurgeon.bench.inputs import cast_inputs
+from attnsurgeon.bench.inputs import cast_inputs, images_in
 from attnsurgeon.bench.memory import Peak, is_out_of_memory
 from attnsurgeon.bench.targets import Inputs, Target
 from attnsurgeon.bench.timing import Runner
 from attnsurgeon.borrow import borrowed_buffers, borrowed_modes, borrowed_values
-from attnsurgeon.errors import AttnSurgeonError, EngineUnavailable, HostUnusable, first_line
+from attnsurgeon.errors import (
+    AttnSurgeonError,
+    EngineUnavailable,
+    HostUnusable,
+    first_line,
+    is_interrupt,
+)
 from attnsurgeon.export.onnx_file import Patch
 
 Leaves = list[Tensor]
@@ -59,21 +65,31 @@ def make_ready(engine: Engine, name: str, target: Target, inputs: Inputs, place:
 
     Raises:
         EngineUnavailable: the engine cannot run this precision here; and see the engine.
-        HostUnusable: an exported file does not take this batch.
+        HostUnusable: an exported file does not take this batch, or a network no step of training.
     """
     try:
         return _make_ready(engine, target, inputs, place)
-    except (RuntimeError, NotImplementedError) as error:
-        if isinstance(error, AttnSurgeonError) or is_out_of_memory(error):
+    except Exception as error:
+        if isinstance(error, AttnSurgeonError) or is_out_of_memory(error) or is_interrupt(error):
+            raise
+        if not (place.train or isinstance(error, RuntimeError)):
             raise
         if target.file is not None and target.only and not isinstance(error, NotImplementedError):
             # It ran when it was tried; what an exporter fixed without a word is the batch.
             raise HostUnusable(
-                f"{target.name} does not run on a batch of {_batch_of(inputs)}: "
+                f"{target.name} does not run on a batch of {images_in(inputs)}: "
                 f"{first_line(error)}; give the --batch that it was exported with"
             ) from error
         if "not implemented for" not in str(error):
-            raise
+            if not place.train:
+                raise
+            # It ran when it was tried, in eval mode: a batch norm wants more values, or a loss is
+            # not to be had.
+            raise HostUnusable(
+                f"{target.name} does not run a step of training on a batch of "
+                f"{images_in(inputs)}: {first_line(error)}; give a larger --batch, or leave "
+                "--train out"
+            ) from error
         raise EngineUnavailable(
             f"{name} cannot run {target.name} in {place.precision} on {place.device}: "
             f"{first_line(error)}; leave one of them out"
@@ -119,10 +135,10 @@ def gates_doubt(target: Target, inputs: Inputs, found: Sequence[Tensor]) -> str 
     """
     if not target.is_opened or not (target.gates or target.patches):
         return None
-    batch = _batch_of(inputs)
+    batch = images_in(inputs)
     if any(leaf.ndim == 0 or leaf.shape[0] != batch for leaf in found):
         return None  # no rows that belong to one image each
-    one = cast_inputs(tuple(p[:1] if isinstance(p, Tensor) else p for p in inputs), target)
+    one = cast_inputs(tuple(p[:1] if isinstance(p, Tensor | list) else p for p in inputs), target)
     if target.model is None:
         whole = inputs if fixed_batch(target) else one
         shut = [(start, bytes(len(raw))) for start, raw in target.patches]  # a zero is zero bytes
@@ -150,10 +166,6 @@ def _outputs_closed(model: nn.Module, target: Target, inputs: Inputs) -> Leaves:
             for gate in gates:
                 gate.zero_()
         return _outputs(model, inputs)
-
-
-def _batch_of(inputs: Inputs) -> int:
-    return next((part.shape[0] for part in inputs if isinstance(part, Tensor)), 1)
 
 
 def _outputs(model: Any, inputs: Inputs) -> Leaves:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -108,10 +110,27 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
             f"{name} has {told}, and this attnsurgeon reads schema {VERSION}: measure again, or "
             "use the attnsurgeon that wrote it"
         )
-    wrong = misfit(results)
+    wrong = misfit(results) or _unsound(results)
     if wrong:
         raise BadFile(f"{name} is damaged: {wrong}")
     return results
+
+
+def _unsound(results: Mapping[str, Any]) -> str | None:
+    """Return which figure that is compared is no positive number inside its interval."""
+    for kind, name, ends in (
+        ("comparisons", "ratio", "interval95"),
+        ("runs", "median_ms", "median95_ms"),
+    ):
+        for i, found in enumerate(results[kind]):
+            interval = found[ends]
+            if interval is None:
+                interval = [found["p5_ms"], found["p95_ms"]]
+            in_order = [0, *interval[:1], found[name], *interval[1:], sys.float_info.max]
+            is_rising = all(one <= other for one, other in pairwise(in_order))
+            if len(interval) != 2 or not is_rising or interval[0] == 0:
+                return f"results.{kind}[{i}].{name} is {found[name]} in {interval}"
+    return None
 
 
 def compare_results(old: Mapping[str, Any], new: Mapping[str, Any]) -> Regression:

@@ -138,6 +138,11 @@ def _rounded(value: float | None, digits: int) -> float | None:
     return None if value is None else round(value, digits)
 
 
+def _rounded_ratio(value: float) -> float:
+    """Return a ratio that is rounded, but never to 0."""
+    return round(value, 4) if value >= 0.1 else float(f"{value:.4g}")
+
+
 @dataclass(frozen=True)
 class Comparison:
     """One target against the baseline, on one engine at one batch size.
@@ -172,15 +177,15 @@ class Comparison:
     doubts: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values; ratios to a hundredth of a percent."""
+        """Return plain values; ratios to a hundredth of a percent, small ones to four digits."""
         return {
             "target": self.target,
             "baseline": self.baseline,
             "engine": self.engine,
             "device": self.device,
             "batch": self.batch,
-            "ratio": round(self.ratio, 4),
-            "interval95": [round(bound, 4) for bound in self.interval95],
+            "ratio": _rounded_ratio(self.ratio),
+            "interval95": [_rounded_ratio(bound) for bound in self.interval95],
             "verdict": self.verdict,
             "precision": self.precision,
             "channels_last": self.channels_last,

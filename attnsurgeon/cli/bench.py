@@ -132,6 +132,8 @@ def bench(
         say_json(SCHEMA)
         return
     if compare or fail_above is not None:
+        if compare:
+            _check_alone(ctx)
         _compare(targets or [], fail_above, as_json=as_json, is_asked=compare)
         return
     from attnsurgeon.bench.compare import compare_speed
@@ -142,7 +144,7 @@ def bench(
     from attnsurgeon.report.live import live_progress
     from attnsurgeon.report.speed import show_report
 
-    outputs = output or []
+    outputs = list({path.resolve(): path for path in output or []}.values())
     for path in outputs:
         check_results(path, force=force)
     is_interrupted = False
@@ -166,13 +168,31 @@ def bench(
             )
     except BenchInterrupted as stop:
         report, is_interrupted = stop.report, True
+    # First, since a file that cannot be written any more would take all of it along.
+    say_json(report.to_json()) if as_json else say(show_report(report))
     for path in outputs:
         write_results(report.to_json(), path, force=force)
-    say_json(report.to_json()) if as_json else say(show_report(report))
     if is_interrupted:
         kept = f" and is in {', '.join(map(str, outputs))}" if outputs else ""
         tell(f"interrupted; what was measured before stands above{kept}")
         raise typer.Exit(130)
+
+
+def _check_alone(ctx: typer.Context) -> None:
+    """Refuse options that --compare would leave unused.
+
+    Raises:
+        BadOption: one was given.
+    """
+    from attnsurgeon.errors import BadOption
+
+    for option in ctx.command.params:
+        name = str(option.name)
+        source = ctx.get_parameter_source(name)
+        is_given = source is not None and source.name == "COMMANDLINE"
+        if is_given and name not in ("targets", "compare", "fail_above", "as_json"):
+            flag = f"--{name.replace('_', '-')}"
+            raise BadOption(f"{flag} is of a measurement; leave it or --compare out")
 
 
 def _compare(files: list[str], fail_above: str | None, *, as_json: bool, is_asked: bool) -> None:
