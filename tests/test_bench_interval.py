@@ -90,7 +90,9 @@ class TestInterval:
         with pytest.raises(ValueError, match="two rounds"):
             interval.estimate([[0.0, 0.1]], [[0.0, 0.1]])
 
-    @pytest.mark.parametrize(("degrees", "quantile"), [(4, 2.776), (9, 2.262), (15, 2.131)])
+    @pytest.mark.parametrize(
+        ("degrees", "quantile"), [(1, 12.706), (2, 4.303), (4, 2.776), (9, 2.262), (15, 2.131)]
+    )
     def test_students_quantile(self, degrees, quantile):
         assert interval.student_quantile(degrees) == pytest.approx(quantile, abs=2e-3)
 

@@ -247,7 +247,7 @@ def _agreements(options: argparse.Namespace, path: Path, image: Tensor) -> Itera
     ):
         turns.sort(key=lambda turn: turn[0].median_ms / turn[1])
         yield judge_median(*turns[TURNS // 2], name)
-    profiles.sort(key=lambda turn: turn[0].median_ms / statistics.median(turn[1]))
+    profiles.sort(key=lambda turn: turn[0].median_ms / statistics.median(turn[1]) * turn[2].ratio)
     yield judge_profiler(*profiles[TURNS // 2])
 
 
