@@ -357,6 +357,17 @@ class TestInterrupt:
         assert len(report.comparisons) == 1
         assert json.loads(json.dumps(report.to_json()))["interrupted"]
 
+    @pytest.mark.parametrize("place", ["job.gates_doubt", "session.release_memory"])
+    def test_what_was_timed_is_kept_wherever_it_comes_after(self, monkeypatch, place):
+        def stop(*args):
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(f"attnsurgeon.bench.{place}", stop)
+        with pytest.raises(BenchInterrupted) as caught:
+            compare_speed([Tiny(), Tiny()], batches=(1, 2), **SMALL)
+        assert [run.batch for run in caught.value.report.runs] == [1, 1]
+        assert len(caught.value.report.comparisons) == 1
+
     def test_one_that_a_library_wraps_counts_as_well(self, monkeypatch):
         def wrapped(*args):
             try:

@@ -113,8 +113,7 @@ def compare_speed(
             request, lineup.targets, lineup.example, command or _call_in_words(asked)
         )
         session = Session(lineup, Path(folder), tell, environment)
-        for number, wanted in enumerate(request.jobs):
-            session.run(number, *wanted)
+        session.run()
     tell("done", 1.0)
     if not session.outcome.timings:
         raise BadOption(f"{session.failures[0].reason}; give a smaller --batch, or --batch max")

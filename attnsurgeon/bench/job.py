@@ -51,7 +51,7 @@ def run_job(
         for own in {precision or precision_of(target) for target in lineup.targets}:
             lineup.ceilings(own)
     watch = Watch(place.device)
-    stop: RaceInterrupted | None = None
+    stop: KeyboardInterrupt | None = None
     try:
         found = race(
             [one.runner for one in ready],
@@ -68,7 +68,10 @@ def run_job(
         if len(ready) == 1:
             doubts.append(unstable)  # of several, it is their ratios that have to settle
         if not request.train:
-            doubts.append(gates_doubt(target, inputs, ready[i].output))
+            try:
+                doubts.append(gates_doubt(target, inputs, ready[i].output))
+            except KeyboardInterrupt as interrupt:  # what was timed before it is kept
+                stop = interrupt
         timings.append(judge_time(lineup, i, job, precision, ready[i], found, doubts))
     outcome.timings += timings
     outcome.comparisons += compare(timings, found, [unstable, *noticed])

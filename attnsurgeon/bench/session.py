@@ -37,23 +37,32 @@ class Session:
     outcome: Outcome = field(default_factory=Outcome)
     failures: list[Failure] = field(default_factory=list)
 
-    def run(self, number: int, engine: str, precision: str | None, batch: Batch) -> None:
-        """Run one job; too little memory is noted.
+    def run(self) -> None:
+        """Run all jobs; too little memory is noted.
 
         Raises:
             BenchInterrupted: an interrupt, with what was measured before it.
         """
+        try:
+            for number, wanted in enumerate(self.lineup.request.jobs):
+                self._run_within_memory(number, *wanted)
+        except (Exception, KeyboardInterrupt) as error:
+            if not is_interrupt(error):
+                raise
+            if not self.outcome.timings:
+                raise KeyboardInterrupt from None
+            raise BenchInterrupted(self.report(is_interrupted=True)) from None
+
+    def _run_within_memory(
+        self, number: int, engine: str, precision: str | None, batch: Batch
+    ) -> None:
         request = self.lineup.request
         place = Place(request.device, request.threads, self.folder, precision, request.train)
         try:
             with bounded_memory(request.device), borrowed_tf32(allowed=precision == "tf32"):
                 self._run(number, engine, precision, batch, place)
-        except (Exception, KeyboardInterrupt) as error:
-            if is_interrupt(error):
-                if not self.outcome.timings:
-                    raise KeyboardInterrupt from None
-                raise BenchInterrupted(self.report(is_interrupted=True)) from None
-            if not is_out_of_memory(error):
+        except Exception as error:
+            if is_interrupt(error) or not is_out_of_memory(error):
                 raise
             tried = batch if isinstance(batch, int) else 1
             self._fail(self._job(engine, precision, tried))

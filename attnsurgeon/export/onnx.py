@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from attnsurgeon.errors import BadFile, BadOption, ExportRefused, MissingPackage, UnknownName
 from attnsurgeon.export import onnx_dynamo, onnx_traced
+from attnsurgeon.export.decisions import decisions_notice
 from attnsurgeon.export.format import (
     Draft,
     Format,
@@ -99,13 +100,15 @@ def _check_numbers(model: nn.Module) -> None:
     """Refuse weights that ONNX Runtime cannot compute with on the CPU, where files are checked.
 
     Raises:
-        ExportRefused: bfloat16.
+        ExportRefused: bfloat16, or convolutions in float64.
     """
-    if any(tensor.dtype == torch.bfloat16 for tensor in model.state_dict().values()):
-        raise ExportRefused(
-            f"{type(model).__name__} is in bfloat16, which ONNX Runtime does not compute with on "
-            "the CPU; export model.float(), or to .pt"
-        )
+    for tensor in model.state_dict().values():
+        if tensor.dtype == torch.bfloat16 or (tensor.dtype == torch.float64 and tensor.ndim > 2):
+            name = str(tensor.dtype).removeprefix("torch.")
+            raise ExportRefused(
+                f"{type(model).__name__} is in {name}, which ONNX Runtime does not compute with on "
+                "the CPU; export model.float(), or to .pt"
+            )
 
 
 def _name_gates(translated: Any, model: nn.Module) -> None:
@@ -273,7 +276,8 @@ def _translate(model: nn.Module, inputs: Inputs, settings: Settings) -> tuple[An
     if settings.exporter == "torchscript" or too_old:
         made = onnx_traced.translate(model, inputs, free=free, opset=opset)
         chosen = settings.exporter == "torchscript"
-        return made, () if chosen else (_TOO_OLD.format(opset),)
+        told = () if chosen else (_TOO_OLD.format(opset),)
+        return made, (*told, *decisions_notice(model, inputs))
     try:
         return onnx_dynamo.translate(model, inputs, free=free), ()
     except ExportRefused as refused:
@@ -283,7 +287,7 @@ def _translate(model: nn.Module, inputs: Inputs, settings: Settings) -> tuple[An
             made = onnx_traced.translate(model, inputs, free=free, opset=opset)
         except ExportRefused as too:
             raise ExportRefused(f"{refused}; {too}") from refused
-        return made, (_FELL_BACK.format(refused),)
+        return made, (_FELL_BACK.format(refused), *decisions_notice(model, inputs))
 
 
 def _optimize(model: Any, opset: int | None) -> None:

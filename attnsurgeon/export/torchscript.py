@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from attnsurgeon.borrow import borrowed_modes
 from attnsurgeon.errors import BadFile, ExportRefused
 from attnsurgeon.export.axes import fixed_by_file
+from attnsurgeon.export.decisions import decisions_notice
 from attnsurgeon.export.format import (
     Draft,
     Format,
@@ -88,15 +89,15 @@ class _ScriptDraft(Draft):
     def __init__(
         self,
         scripted: torch.jit.ScriptModule,
-        is_scripted: bool,
         metadata: Mapping[str, str],
+        notices: tuple[str, ...] = (),
         *,
         frozen: bool,
     ) -> None:
         self.folds_gates = frozen
         self.scripted = scripted
         self.metadata = dict(metadata)
-        self.notices = (NOTICE,) if is_scripted else (NOTICE, _TRACED)
+        self.notices = (NOTICE, *notices)
 
     def write(self, path: Path, gates: Mapping[str, Tensor]) -> None:
         # Saved and read again first: the draft shares its parameters with the user's model.
@@ -141,11 +142,13 @@ class TorchScript(Format):
         """
         self.check(settings)
         if settings.optimize and (rewritten := _rewritten(model, inputs, settings.free)):
-            return _ScriptDraft(rewritten, True, metadata, frozen=True)
+            return _ScriptDraft(rewritten, metadata, frozen=True)
         scripted, is_scripted = _make(model, inputs)
+        notices: tuple[str, ...] = ()
         if not is_scripted:
             _check_trace(model, inputs, scripted, settings.free)
-        return _ScriptDraft(scripted, is_scripted, metadata, frozen=settings.optimize)
+            notices = (_TRACED, *decisions_notice(model, inputs))
+        return _ScriptDraft(scripted, metadata, notices, frozen=settings.optimize)
 
     def open(self, path: Path, gates: Mapping[str, Tensor] | None = None) -> Opened:
         """Load the file in a process of its own.
