@@ -39,6 +39,8 @@ FINE_SPREAD = 0.1
 """The same for boxes, masks and keypoints: anchors are large, and rounding grows with them."""
 DRAWS = 8
 """Of weights, of which one is taken where rounding decides nothing."""
+ENOUGH = 3
+"""Draws that can be compared at all: opening gates takes minutes, so the best of these is taken."""
 SHAKY = 0.1
 """Of the tolerance: two engines differ by some ten times what rounding moves."""
 
@@ -99,14 +101,15 @@ def lent_to(
             f"cannot be set in it; {REMEDY}"
         )
     with borrowed_values(list(own.values())):
-        best, least = nothing, 1.0
+        best, least, comparable = nothing, 1.0, 0
         for seed in range(DRAWS):
             _fill(model, layers, batches[0], seed)
             lent = {name: parameter.detach().clone() for name, parameter in own.items()}
             moved = _moved(model, batches, opened, lent, least)
             if moved < least:
                 best, least = lent, moved
-            if least < SHAKY:
+            comparable += moved < 1
+            if least < SHAKY or comparable == ENOUGH:
                 break
         if not best:
             raise ExportRefused(
