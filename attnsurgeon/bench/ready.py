@@ -29,6 +29,9 @@ from attnsurgeon.errors import (
 )
 from attnsurgeon.export.onnx_file import Patch
 
+_REFUSALS = RuntimeError, ValueError, AssertionError
+"""Of torch and torchvision, where a network cannot be run so; the latter two of training alone."""
+
 Leaves = list[Tensor]
 
 
@@ -69,7 +72,7 @@ def make_ready(engine: Engine, name: str, target: Target, inputs: Inputs, place:
     """
     try:
         return _make_ready(engine, target, inputs, place)
-    except Exception as error:
+    except _REFUSALS as error:
         if isinstance(error, AttnSurgeonError) or is_out_of_memory(error) or is_interrupt(error):
             raise
         if not (place.train or isinstance(error, RuntimeError)):
