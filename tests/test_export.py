@@ -247,7 +247,8 @@ class TestExporters:
         artifact = attnsurgeon.export_model(model, path, example=images)
         assert not [record for record in caplog.records if record.levelname != "DEBUG"]
         assert len(artifact.notices) == 1
-        assert "the TorchScript-based exporter was used instead" in artifact.notices[0]
+        assert "the TorchScript-based exporter was used instead; Detector" in artifact.notices[0]
+        assert "decides by values of its inputs, at test_export.py" in artifact.notices[0]
         assert {check.batch for check in artifact.checks} == {2}
         assert len({check.size for check in artifact.checks}) == 3
         scores, labels, *others = format_for(path).open(path)((images,))

@@ -287,7 +287,7 @@ def _translate(model: nn.Module, inputs: Inputs, settings: Settings) -> tuple[An
             made = onnx_traced.translate(model, inputs, free=free, opset=opset)
         except ExportRefused as too:
             raise ExportRefused(f"{refused}; {too}") from refused
-        return made, (_FELL_BACK.format(refused), *decisions_notice(model, inputs))
+        return made, ("; ".join((_FELL_BACK.format(refused), *decisions_notice(model, inputs))),)
 
 
 def _optimize(model: Any, opset: int | None) -> None:

@@ -147,7 +147,7 @@ class TorchScript(Format):
         notices: tuple[str, ...] = ()
         if not is_scripted:
             _check_trace(model, inputs, scripted, settings.free)
-            notices = (_TRACED, *decisions_notice(model, inputs))
+            notices = ("; ".join((_TRACED, *decisions_notice(model, inputs))),)
         return _ScriptDraft(scripted, metadata, notices, frozen=settings.optimize)
 
     def open(self, path: Path, gates: Mapping[str, Tensor] | None = None) -> Opened:
