@@ -9,8 +9,17 @@ import torch
 from torch import nn
 
 from attnsurgeon import bench, compare_speed
-from attnsurgeon.bench import engines, largest, lineup, memory, precision, targets, training
-from attnsurgeon.bench.session import BenchInterrupted
+from attnsurgeon.bench import (
+    engines,
+    largest,
+    lineup,
+    memory,
+    precision,
+    ready,
+    targets,
+    training,
+)
+from attnsurgeon.bench.session import BenchInterrupted, measured_before
 from attnsurgeon.errors import (
     BadOption,
     EngineUnavailable,
@@ -187,6 +196,28 @@ class TestTraining:
             compare_speed([net], **options)
         assert "\n" not in str(caught.value)
         assert compare_speed([net], batches=(2,), **options).runs
+
+
+class TestBatch:
+    def test_a_network_that_takes_one_image_only_says_so(self):
+        class Single(nn.Module):
+            def forward(self, x):
+                return x.mean((2, 3)).view(1, 3)
+
+        words = "Single does not run on a batch of 2: .*; give a --batch that it takes"
+        for engine in ("eager", "torchscript"):
+            with pytest.raises(HostUnusable, match=words) as caught:
+                compare_speed([Single()], engines=(engine,), batches=(1, 2), **SMALL, example=IMAGE)
+            assert "\n" not in str(caught.value)
+            assert [run.batch for run in measured_before(caught.value).runs] == [1]
+
+    def test_what_an_engine_alone_cannot_do_stays_a_bug(self, monkeypatch):
+        def breaks(*args):
+            raise RuntimeError("broken")
+
+        monkeypatch.setattr(ready, "_make_ready", breaks)
+        with pytest.raises(RuntimeError, match="broken"):
+            compare_speed([Residual()], example=IMAGE, **SMALL)
 
 
 class TestLargest:

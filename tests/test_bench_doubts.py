@@ -121,6 +121,20 @@ class TestReasons:
         faint = [torch.tensor([1.0, 1.0 + 1e-6])]
         assert doubts.folded_doubt(closed, faint, closed) is None
 
+    def test_not_finite(self):
+        fine = [torch.tensor([1.0, 2.0]), torch.tensor([3]), torch.empty(0)]
+        assert doubts.finite_doubt(fine) is None
+        for wrong in ("nan", "inf", "-inf"):
+            assert "not finite" in doubts.finite_doubt([*fine, torch.tensor([0.0, float(wrong)])])
+
+    def test_a_network_that_overflows_is_doubted(self):
+        class Overflowing(nn.Module):
+            def forward(self, x):
+                return x.mean((2, 3)) / 0
+
+        (run,) = compare_speed([Overflowing()], example=torch.ones(1, 3, 8, 8), **QUICK).runs
+        assert any(doubt.startswith("not finite") for doubt in run.doubts)
+
     def test_an_engine_that_folds_the_attention_away_is_found_out(self, digits_file, monkeypatch):
         def fold(target, inputs, place):
             for name, parameter in target.module.named_parameters():

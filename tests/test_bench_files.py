@@ -12,13 +12,20 @@ import pytest
 from rich.console import Console
 
 from attnsurgeon import compare_speed, gates
-from attnsurgeon.bench import job, per_site, regression
+from attnsurgeon.bench import job, per_site, regression, session
 from attnsurgeon.bench.interval import Estimate
 from attnsurgeon.bench.results import Comparison
 from attnsurgeon.bench.schema import SCHEMA, VERSION, misfit
 from attnsurgeon.bench.session import BenchInterrupted
 from attnsurgeon.bench.targets import read_targets
-from attnsurgeon.errors import BadFile, BadOption, MissingPackage, OutputRefused, TooSlow
+from attnsurgeon.errors import (
+    BadFile,
+    BadOption,
+    EngineUnavailable,
+    MissingPackage,
+    OutputRefused,
+    TooSlow,
+)
 from attnsurgeon.report import charts
 from attnsurgeon.report.files import write_results
 from attnsurgeon.report.live import live_progress
@@ -410,6 +417,8 @@ class TestCommand:
             (("--batch", "many"), "--batch takes whole numbers or max, not 'many'"),
             (("--threads", "0"), "--threads must be at least 1"),
             (("--seconds", "-2"), "--seconds must be above 0"),
+            (("--seconds", "inf"), "--seconds must be above 0 and finite, not inf"),
+            (("--engine", "eager", "onnx"), "no engine is called 'onnx'; did you mean"),
             (("--precision", "fp8"), "no precision is called 'fp8'"),
             (("--engine", "cudagraphs", "--device", "cpu"), "cudagraphs needs a CUDA device"),
         ):
@@ -436,6 +445,39 @@ class TestCommand:
         assert "error" not in outcome.err
         assert report.comparisons[0].verdict in " ".join(outcome.out.split())
         assert misfit(json.loads((folder / "r.json").read_text())) is None
+
+    @pytest.mark.parametrize("error", [EngineUnavailable("it fell back"), KeyError("a bug")])
+    def test_an_error_keeps_what_was_measured(self, run, folder, digits_file, monkeypatch, error):
+        own = session.run_job
+
+        def breaks(lineup, wanted, *args):
+            if wanted.engine == "torchscript":
+                raise error
+            own(lineup, wanted, *args)
+
+        monkeypatch.setattr(session, "run_job", breaks)
+        words = ("--engine", "eager", "torchscript", "--seconds", "0.05", "-o", "r.json")
+        if isinstance(error, EngineUnavailable):
+            outcome = run("bench", digits_file, *words)
+            assert outcome.code == 2
+            assert "what was measured before stands above and is in r.json" in outcome.err
+        else:
+            with pytest.raises(KeyError, match="a bug"):
+                run("bench", digits_file, *words)
+        kept = json.loads((folder / "r.json").read_text())
+        assert misfit(kept) is None
+        assert kept["interrupted"]
+        assert {one["engine"] for one in kept["runs"]} == {"eager"}
+
+    def test_an_error_at_once_leaves_nothing(self, run, folder, digits_file, monkeypatch):
+        def breaks(*args):
+            raise EngineUnavailable("eager is not there")
+
+        monkeypatch.setattr(session, "run_job", breaks)
+        outcome = run("bench", digits_file, "-o", "r.json")
+        assert outcome.code == 2
+        assert outcome.err.splitlines()[-1] == "error: eager is not there"
+        assert not (folder / "r.json").exists()
 
 
 class TestLive:

@@ -24,6 +24,14 @@ from __future__ import annotations
 from attnsurgeon.bench.compare import compare_speed
 from attnsurgeon.bench.engines import names as engine_names
 from attnsurgeon.bench.results import Comparison, Report, Timing
-from attnsurgeon.bench.session import BenchInterrupted
+from attnsurgeon.bench.session import BenchInterrupted, measured_before
 
-__all__ = ["BenchInterrupted", "Comparison", "Report", "Timing", "compare_speed", "engine_names"]
+__all__ = [
+    "BenchInterrupted",
+    "Comparison",
+    "Report",
+    "Timing",
+    "compare_speed",
+    "engine_names",
+    "measured_before",
+]

@@ -54,7 +54,8 @@ def compare_speed(
 
     All gates are open, all sides see the same input, and modules that are passed in are copied.
     Threads, random state and garbage collector are given back as they were. A job that does not
-    fit into memory is told in the report's failures, and the others go on.
+    fit into memory is told in the report's failures, and the others go on. Of whatever else ends
+    it, measured_before tells what had been measured.
 
     Args:
         targets: files of attnsurgeon, names of models (random weights; timm's behind `timm:`),

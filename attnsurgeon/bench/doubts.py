@@ -92,6 +92,13 @@ def transfer_doubt(transfer_ms: float | None, median_ms: float) -> str | None:
     )
 
 
+def finite_doubt(found: Sequence[Tensor]) -> str | None:
+    """Doubt the time of a network whose output is no number: arithmetic with such can be slower."""
+    if all(leaf.isfinite().all() for leaf in found):
+        return None
+    return "not finite: the output holds NaN or infinite values, and so may what is computed before"
+
+
 def folded_doubt(
     found: Sequence[Tensor], opened: Sequence[Tensor], closed: Sequence[Tensor]
 ) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass, field
 
-from attnsurgeon.bench.doubts import machine_doubts, stability_doubt
+from attnsurgeon.bench.doubts import finite_doubt, machine_doubts, stability_doubt
 from attnsurgeon.bench.engines import Place
 from attnsurgeon.bench.findings import Job, Profile, SiteCosts
 from attnsurgeon.bench.inputs import cast_inputs
@@ -64,7 +64,7 @@ def run_job(
     unstable = stability_doubt(found, request.seconds)
     timings = []
     for i, target in enumerate(lineup.targets):
-        doubts = [*doubts_of(found, i, sent_ms), *noticed]
+        doubts = [*doubts_of(found, i, sent_ms), *noticed, finite_doubt(ready[i].output)]
         if len(ready) == 1:
             doubts.append(unstable)  # of several, it is their ratios that have to settle
         if not request.train:

@@ -27,6 +27,7 @@ from attnsurgeon.errors import (
     first_line,
     is_interrupt,
 )
+from attnsurgeon.export.inputs import on_cpu
 from attnsurgeon.export.onnx_file import Patch
 
 _REFUSALS = RuntimeError, ValueError, AssertionError
@@ -75,28 +76,52 @@ def make_ready(engine: Engine, name: str, target: Target, inputs: Inputs, place:
     except _REFUSALS as error:
         if isinstance(error, AttnSurgeonError) or is_out_of_memory(error) or is_interrupt(error):
             raise
-        if not (place.train or isinstance(error, RuntimeError)):
+        refusal = _refusal(error, name, target, inputs, place)
+        if refusal is None:
             raise
-        if target.file is not None and target.only and not isinstance(error, NotImplementedError):
-            # It ran when it was tried; what an exporter fixed without a word is the batch.
-            raise HostUnusable(
-                f"{target.name} does not run on a batch of {images_in(inputs)}: "
-                f"{first_line(error)}; give the --batch that it was exported with"
-            ) from error
-        if "not implemented for" not in str(error):
-            if not place.train:
-                raise
-            # It ran when it was tried, in eval mode: a batch norm wants more values, or a loss is
-            # not to be had.
-            raise HostUnusable(
-                f"{target.name} does not run a step of training on a batch of "
-                f"{images_in(inputs)}: {first_line(error)}; give a larger --batch, or leave "
-                "--train out"
-            ) from error
-        raise EngineUnavailable(
-            f"{name} cannot run {target.name} in {place.precision} on {place.device}: "
-            f"{first_line(error)}; leave one of them out"
-        ) from error
+        raise refusal from error
+
+
+def _refusal(
+    error: Exception, name: str, target: Target, inputs: Inputs, place: Place
+) -> AttnSurgeonError | None:
+    """Return what the user can put right; None where it is a mistake of ours or of the engine."""
+    why = first_line(error)
+    batch = f"{target.name} does not run on a batch of {images_in(inputs)}: {why}"
+    if (
+        target.file is not None
+        and target.only
+        and isinstance(error, RuntimeError)
+        and not isinstance(error, NotImplementedError)
+    ):
+        # It ran when it was tried; what an exporter fixed without a word is the batch.
+        return HostUnusable(f"{batch}; give the --batch that it was exported with")
+    if "not implemented for" in str(error):
+        return EngineUnavailable(
+            f"{name} cannot run {target.name} in {place.precision} on {place.device}: {why}; "
+            "leave one of them out"
+        )
+    if place.train:
+        # It ran when it was tried, in eval mode: a batch norm wants more values, or a loss is
+        # not to be had.
+        return HostUnusable(
+            f"{target.name} does not run a step of training on a batch of {images_in(inputs)}: "
+            f"{why}; give a larger --batch, or leave --train out"
+        )
+    if _fails_itself(target, inputs):
+        return HostUnusable(f"{batch}; give a --batch that it takes")
+    return None
+
+
+def _fails_itself(target: Target, inputs: Inputs) -> bool:
+    """Tell whether the network does not take these inputs, whatever runs it."""
+    if not isinstance(target.model, nn.Module) or target.only:
+        return False
+    try:
+        _outputs(target.model, on_cpu(inputs))
+    except _REFUSALS as error:
+        return not (is_out_of_memory(error) or is_interrupt(error))
+    return False
 
 
 def _make_ready(engine: Engine, target: Target, inputs: Inputs, place: Place) -> Ready:

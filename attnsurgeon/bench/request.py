@@ -137,7 +137,7 @@ def _check_numbers(
             if number > MOST[flag]:
                 raise BadOption(f"{flag} must be at most {MOST[flag]}, not {number}")
     if not (seconds > 0 and math.isfinite(seconds)):
-        raise BadOption(f"--seconds must be above 0, not {seconds}")
+        raise BadOption(f"--seconds must be above 0 and finite, not {seconds}")
     if not batches:
         raise BadOption("--batch needs at least one number")
 

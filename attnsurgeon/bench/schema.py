@@ -179,7 +179,7 @@ SCHEMA: Kind = {
         failures=_list(_FAILURE, "what did not fit into memory"),
         sites=_list(_SITES, "with --per-site"),
         profiles=_list(_PROFILE, "with --profile"),
-        interrupted=_of("boolean", "whether an interrupt left the rest out"),
+        interrupted=_of("boolean", "whether an interrupt or an error left the rest out"),
     ),
 }
 

@@ -17,6 +17,8 @@ from attnsurgeon.bench.request import Batch
 from attnsurgeon.bench.results import Report
 from attnsurgeon.errors import is_interrupt
 
+_REPORT = "_attnsurgeon_report"
+
 
 class BenchInterrupted(KeyboardInterrupt):
     """An interrupt after something had been measured: `report` holds it."""
@@ -24,6 +26,14 @@ class BenchInterrupted(KeyboardInterrupt):
     def __init__(self, report: Report) -> None:
         super().__init__()
         self.report = report
+
+
+def measured_before(error: BaseException) -> Report | None:
+    """Return what had been measured when an error or an interrupt ended a comparison, if any."""
+    if isinstance(error, BenchInterrupted):
+        return error.report
+    report: Report | None = getattr(error, _REPORT, None)
+    return report
 
 
 @dataclass
@@ -40,18 +50,22 @@ class Session:
     def run(self) -> None:
         """Run all jobs; too little memory is noted.
 
+        Whatever else ends them carries what was measured before; see measured_before.
+
         Raises:
-            BenchInterrupted: an interrupt, with what was measured before it.
+            BenchInterrupted: an interrupt.
         """
         try:
             for number, wanted in enumerate(self.lineup.request.jobs):
                 self._run_within_memory(number, *wanted)
         except (Exception, KeyboardInterrupt) as error:
+            report = self.report(is_interrupted=True) if self.outcome.timings else None
             if not is_interrupt(error):
+                setattr(error, _REPORT, report)
                 raise
-            if not self.outcome.timings:
+            if report is None:
                 raise KeyboardInterrupt from None
-            raise BenchInterrupted(self.report(is_interrupted=True)) from None
+            raise BenchInterrupted(report) from None
 
     def _run_within_memory(
         self, number: int, engine: str, precision: str | None, batch: Batch

@@ -41,9 +41,7 @@ Exit codes: 5 if --fail-above was passed; those of attnsurgeon --help.
 
 def add_to(app: typer.Typer) -> None:
     """Enter the command."""
-    lists = list_command(
-        1, engine=ENGINES.__contains__, batch=_is_batch, precision=PRECISIONS.__contains__
-    )
+    lists = list_command(1, engine=_is_engine, batch=_is_batch, precision=PRECISIONS.__contains__)
     command = type("Bench", (_Remembers, lists), {})
     app.command("bench", cls=command, short_help="Time what attention costs.", epilog=EXAMPLES)(
         bench
@@ -56,6 +54,11 @@ class _Remembers:
     def parse_args(self, ctx: Any, args: list[str]) -> Any:
         ctx.meta[__name__] = shlex.join(["attnsurgeon", "bench", *args])
         return super().parse_args(ctx, args)  # type: ignore[misc]
+
+
+def _is_engine(word: str) -> bool:
+    """Tell whether a word is meant as one more engine; so is the beginning of a name."""
+    return any(name.startswith(word) for name in ENGINES)
 
 
 def _is_batch(word: str) -> bool:
@@ -137,7 +140,7 @@ def bench(
         _compare(targets or [], fail_above, as_json=as_json, is_asked=compare)
         return
     from attnsurgeon.bench.compare import compare_speed
-    from attnsurgeon.bench.session import BenchInterrupted
+    from attnsurgeon.bench.session import BenchInterrupted, measured_before
     from attnsurgeon.cli.shell import read_size
     from attnsurgeon.host import naming_host
     from attnsurgeon.report.files import check_results, write_results
@@ -147,7 +150,7 @@ def bench(
     outputs = list({path.resolve(): path for path in output or []}.values())
     for path in outputs:
         check_results(path, force=force)
-    is_interrupted = False
+    stop: BaseException | None = None
     try:
         with live_progress(tell) as progress, naming_host(host):
             report = compare_speed(
@@ -166,16 +169,21 @@ def bench(
                 progress=progress,
                 command=ctx.meta[__name__],
             )
-    except BenchInterrupted as stop:
-        report, is_interrupted = stop.report, True
+    except (Exception, BenchInterrupted) as error:
+        found = measured_before(error)
+        if found is None:
+            raise
+        report, stop = found, error
     # First, since a file that cannot be written any more would take all of it along.
     say_json(report.to_json()) if as_json else say(show_report(report))
     for path in outputs:
         write_results(report.to_json(), path, force=force)
-    if is_interrupted:
-        kept = f" and is in {', '.join(map(str, outputs))}" if outputs else ""
-        tell(f"interrupted; what was measured before stands above{kept}")
-        raise typer.Exit(130)
+    if stop is None:
+        return
+    kept = f" and is in {', '.join(map(str, outputs))}" if outputs else ""
+    cut = "interrupted" if isinstance(stop, BenchInterrupted) else "not finished"
+    tell(f"{cut}; what was measured before stands above{kept}")
+    raise typer.Exit(130) if isinstance(stop, BenchInterrupted) else stop
 
 
 def _check_alone(ctx: typer.Context) -> None:
