@@ -43,7 +43,7 @@ REPEATED = 21, 20
 """Beside a loaded core: +5 %, beyond what LOADED would let a ratio of 1 pass for."""
 SAME_CALLS = 0.02
 """Of the median of calls that two clocks have both seen."""
-TURNS = 3
+TURNS = 5
 AGREEMENT = 0.03
 """Of medians, beyond what both instruments' own intervals allow: they run at other moments."""
 
@@ -235,12 +235,15 @@ def _agreements(options: argparse.Namespace, path: Path, image: Tensor) -> Itera
     attnsurgeon.export_model(attnsurgeon.load_model(path), onnx)
     tools, profiles, profiles_of_one, raced = [], [], [], []
     for _ in range(TURNS):
-        many, one = (_of_onnx(onnx, options.long, count) for count in (threads, 1))
-        tools.append((many, *_middle(by_test_tool(onnx, image, seconds))))
+        # One right before ours and the next right after it: the machine drifts within a minute.
+        tool = _middle(by_test_tool(onnx, image, seconds))
+        many = _of_onnx(onnx, options.long, threads)
         ours, theirs = by_onnxruntime(onnx, image, seconds, threads)
         yield judge_clock(statistics.median(ours), statistics.median(theirs))
+        tools.append((many, *tool))
         profiles.append((many, *_middle(theirs)))
         raced.append((many, *by_profiler(onnx, image, seconds, threads)))
+        one = _of_onnx(onnx, options.long, 1)
         profiles_of_one.append((one, *_middle(by_onnxruntime(onnx, image, seconds, 1)[1])))
     for turns, name in (
         (tools, "onnxruntime's test tool"),
