@@ -9,6 +9,7 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+import typer
 from rich.console import Console
 
 from attnsurgeon import compare_speed, gates
@@ -36,11 +37,20 @@ QUICK = ("--seconds", "0.1", "--threads", "1", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
-def results(digits_file):
-    report = compare_speed(
+def report(digits_file):
+    return compare_speed(
         [digits_file], seconds=0.1, threads=1, device="cpu", per_site=True, profile=True
     )
+
+
+@pytest.fixture(scope="module")
+def results(report):
     return report.to_json()
+
+
+@pytest.fixture
+def measured(monkeypatch, report):
+    monkeypatch.setattr("attnsurgeon.bench.compare.compare_speed", lambda *args, **options: report)
 
 
 class TestSchema:
@@ -370,6 +380,33 @@ class TestFiles:
         assert outcome.code == 2
         assert "no space left" in outcome.err
         assert len(json.loads(outcome.out)["runs"]) == 2
+
+    def test_one_that_cannot_be_written_leaves_the_others_theirs(
+        self, run, folder, measured, monkeypatch
+    ):
+        def picky(results, path, **options):
+            if path.name == "a.json":
+                raise OutputRefused("no space left")
+            write_results(results, path, **options)
+
+        monkeypatch.setattr("attnsurgeon.report.files.write_results", picky)
+        outcome = run("bench", "digits", "-o", "a.json", "-o", "b.json", "-o", "c.csv")
+        assert outcome.code == 2
+        assert "no space left" in outcome.err
+        assert misfit(json.loads((folder / "b.json").read_text())) is None
+        assert (folder / "c.csv").read_text().count("\n") == 3
+
+    @pytest.mark.parametrize("words", [(), ("--json",)])
+    def test_a_reader_that_has_seen_enough_leaves_the_files_theirs(
+        self, run, folder, measured, monkeypatch, words
+    ):
+        def ended(*things):
+            raise typer.Exit(141)
+
+        monkeypatch.setattr("attnsurgeon.cli.bench.say", ended)
+        monkeypatch.setattr("attnsurgeon.cli.bench.say_json", ended)
+        assert run("bench", "digits", *words, "-o", "r.json").code == 141
+        assert misfit(json.loads((folder / "r.json").read_text())) is None
 
     def test_several_at_once(self, run, folder, digits_file):
         outcome = run("bench", digits_file, *QUICK, "-o", "r.json", "-o", "r.html")
