@@ -291,6 +291,18 @@ class TestFiles:
         assert results["environment"]["command"] in text
         assert "`features.5`" in text
         assert ": spread: 20 %" in text
+        together, added = sums_in_words(results["sites"][0])
+        assert f"| sum of all |  | {added} | all together: {together} |" in text
+        assert "interrupted" not in text
+
+    def test_markdown_tells_what_the_reader_has_to_know(self, results, tmp_path):
+        results = copy.deepcopy(results)
+        results["environment"]["notes"] = ["largest batch that fits: 8"]
+        results["interrupted"] = True
+        write_results(results, tmp_path / "r.md")
+        text = (tmp_path / "r.md").read_text()
+        assert "- note: largest batch that fits: 8\n" in text
+        assert "- interrupted, or ended by an error: the rest was not measured\n" in text
 
     def test_html_is_whole_and_fetches_nothing(self, results, tmp_path):
         results = copy.deepcopy(results)
@@ -302,7 +314,7 @@ class TestFiles:
         assert page.open == []
         assert page.links == []
         text = " ".join(page.text)
-        assert "Interrupted" in text
+        assert "Interrupted, or ended by an error" in text
         assert "<b>&" in text
         for heading in (
             "Time over the baseline",
