@@ -166,6 +166,7 @@ class TestRegression:
             ("[]", "holds no results"),
             ('{"runs": []}', "has no schema"),
             ('{"runs": [], "schema": 99}', "has schema 99, and this attnsurgeon reads schema 1"),
+            ('{"runs": [], "schema": "1"}', "has schema '1', and this attnsurgeon reads schema 1"),
             ('{"runs": [], "schema": 1}', "is damaged: results.environment is missing"),
         ],
     )
@@ -183,6 +184,8 @@ class TestRegression:
             ("comparisons", {"ratio": float("nan")}),
             ("comparisons", {"ratio": float("inf"), "interval95": [1.0, float("inf")]}),
             ("comparisons", {"ratio": 10**400, "interval95": [1.0, 10**401]}),
+            ("comparisons", {"ratio": 1e308, "interval95": [1e307, 1.7e308]}),
+            ("comparisons", {"ratio": 1e-320, "interval95": [1e-320, 1.0]}),
             ("comparisons", {"ratio": 1.0, "interval95": [0.0, 2.0]}),
             ("comparisons", {"ratio": 1.5, "interval95": [2.0, 1.0]}),
             ("comparisons", {"interval95": [1.0]}),
@@ -197,6 +200,14 @@ class TestRegression:
         path.write_text(json.dumps(broken))
         with pytest.raises(BadFile, match=rf"is damaged: results.{kind}\[0\]"):
             regression.read_results(path)
+
+    def test_the_outermost_figures_are_compared(self, results):
+        sides = [copy.deepcopy(results) for _ in range(2)]
+        for side, ends in zip(sides, [(1e-60, 1e-60, 1e60), (1e-60, 1e60, 1e60)], strict=True):
+            side["comparisons"][0].update(ratio=ends[1], interval95=[ends[0], ends[2]])
+            assert regression._unsound(side) is None
+        for old, new in (sides, sides[::-1]):
+            assert regression.compare_results(old, new).changes[0].verdict
 
     def test_a_tiny_ratio_is_not_written_as_none(self):
         found = Comparison("a", "b", "eager", "cpu", 1, 3.14159e-5, (3.1e-5, 3.2e-5), "-100 %")
