@@ -236,13 +236,13 @@ class TestLending:
     def test_a_wrong_weight_in_the_place_of_which_another_was_lent(self, tmp_path, monkeypatch):
         model = detector()
         nn.init.zeros_(model.scores.weight)
-        write = onnx_format._OnnxDraft.write
+        write = onnx_format.OnnxDraft.write
 
         def spoiled(self, path, gates):
             wrong = torch.ones(3, 8, 1, 1)
             write(self, path, {**gates, "scores.weight": wrong})
 
-        monkeypatch.setattr(onnx_format._OnnxDraft, "write", spoiled)
+        monkeypatch.setattr(onnx_format.OnnxDraft, "write", spoiled)
         with pytest.raises((ExportDiffers, ExportRefused)):
             attnsurgeon.export_model(
                 model, tmp_path / "x.onnx", example=IMAGES, exporter="torchscript"
@@ -272,6 +272,27 @@ class TestLending:
         nn.init.zeros_(operated.scores.weight)
         values = opening.plain_openings(operated)
         assert set(opening._shifts(operated, values, (IMAGES,)).values()) == {0.0}
+
+    def test_boxes_of_many_pixels_hide_no_gate_that_scores_show(self):
+        class Located(nn.Module):
+            def __init__(self, pixels):
+                super().__init__()
+                torch.manual_seed(0)
+                self.net, self.pixels = Ranked().eval(), pixels
+
+            def forward(self, images):
+                found = self.net(images)
+                return [{**one, "boxes": 0 * one["boxes"] + self.pixels} for one in found]
+
+        shifts = []
+        for pixels in (1.0, 1e4):
+            operated = attnsurgeon.insert_attention(
+                Located(pixels), "se", example=(IMAGES,), at="net.features.1", reduction=4
+            )
+            values = opening.plain_openings(operated)
+            shifts += opening._shifts(operated, values, (IMAGES,)).values()
+        assert shifts[0] > 0
+        assert shifts == pytest.approx([shifts[0]] * 2, rel=1e-3)
 
     def test_in_other_numbers(self, tmp_path, monkeypatch):
         """What is lent to the model is lent to its cast copy too, and the file holds it cast."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnsurgeon.export.format import leaves_on_cpu
+from attnsurgeon.export.format import leaves, leaves_on_cpu
 
 REQUIRED = ("boxes", "labels", "scores")
 """What an image's mapping must hold to be taken for what a detector found in it."""
@@ -41,6 +41,22 @@ def outputs_of(output: Any) -> list[Tensor]:
     if not isinstance(output, list) or not output or not all(map(_is_found, output)):
         return tensors
     return Detections(tensors, [list(image) for image in output])
+
+
+def by_field(output: Any) -> dict[str, list[Tensor]]:
+    """Return the tensors that are held to the tolerance together, where they are and with graphs.
+
+    Those are all of an output, called "", or of what a detector found each field: boxes count in
+    pixels.
+    """
+    found, parts = outputs_of(output), leaves(output)
+    if not isinstance(found, Detections):
+        return {"": parts}
+    fields: dict[str, list[Tensor]] = {}
+    names = [name for image in found.fields for name in image]
+    for name, part in zip(names, parts, strict=True):
+        fields.setdefault(name, []).append(part)
+    return fields
 
 
 def _is_found(image: Any) -> bool:

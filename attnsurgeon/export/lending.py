@@ -28,8 +28,7 @@ from attnsurgeon.borrow import (
 )
 from attnsurgeon.errors import ExportRefused
 from attnsurgeon.export.calm import steadiest, tells
-from attnsurgeon.export.detections import Detections, outputs_of
-from attnsurgeon.export.format import leaves
+from attnsurgeon.export.detections import by_field
 from attnsurgeon.export.inputs import Inputs
 from attnsurgeon.export.proof import gate_values, run_with_gates
 
@@ -183,12 +182,10 @@ def layers_behind(model: nn.Module, inputs: Inputs) -> dict[str, float]:
         finally:
             for parameter, flag in zip(parameters, flags, strict=True):
                 parameter.requires_grad_(flag)
-    found = outputs_of(output)
-    if not isinstance(found, Detections):
+    fields = by_field(output)
+    if "scores" not in fields:
         return {}
-    names = [name for image in found.fields for name in image]
-    parts = list(zip(names, leaves(output), strict=True))
-    scored = _behind(model, (part for name, part in parts if name == "scores"))
+    scored = _behind(model, fields["scores"])
     backbone = next(
         name for name, child in model.named_children() if any(True for _ in child.parameters())
     )

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from attnsurgeon.borrow import borrowed_buffers, borrowed_numerics, borrowed_randomness
 from attnsurgeon.errors import ExportRefused
 from attnsurgeon.export.calm import shaken, steady
-from attnsurgeon.export.format import leaves
+from attnsurgeon.export.detections import by_field
 from attnsurgeon.export.inputs import Inputs
 from attnsurgeon.export.lending import lent_alike
 from attnsurgeon.export.precision import Precision
@@ -203,22 +203,21 @@ def _spread(gates: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _shifts(model: nn.Module, openings: Mapping[str, Tensor], inputs: Inputs) -> dict[str, float]:
     """Return how far the output moves, over its largest element, where a gate is wired wrongly.
 
-    It is the least, as root mean square, that any other gate's value, or none at all, makes in its
-    place: to first order, from the gradient of the output's elements added up with random signs,
-    which on average has the length of the gradients of all elements together.
+    Of what a detector finds, that is the field that moves farthest. It is the least, as root mean
+    square, that any other gate's value, or none at all, makes in its place: to first order, from
+    the gradient of the output's elements added up with random signs, which on average has the
+    length of the gradients of all elements together.
     """
     gates = named_gates(model)
     with gates_at(model, openings), borrowed_buffers(model), borrowed_numerics():
         for gate in gates.values():
             gate.requires_grad_(True)
         with torch.enable_grad():
-            found = leaves(model(*inputs))  # empty where a detector finds nothing in an image
-            outputs = [leaf for leaf in found if leaf.requires_grad and leaf.numel()]
-            largest = max((leaf.abs().max().item() for leaf in outputs), default=0.0)
-            slopes = _slopes(outputs, list(gates.values()))
+            fields = by_field(model(*inputs)).values()
+            slopes = [_slopes(field, list(gates.values())) for field in fields]
     return {
-        name: slope * _distance(name, openings) / (largest or 1.0)
-        for name, slope in zip(gates, slopes, strict=True)
+        name: max(slope) * _distance(name, openings)
+        for name, *slope in zip(gates, *slopes, strict=True)
     }
 
 
@@ -230,18 +229,23 @@ def _distance(name: str, openings: Mapping[str, Tensor]) -> float:
     return min(distance for distance in apart if distance)
 
 
-def _slopes(outputs: list[Tensor], gates: list[nn.Parameter]) -> list[float]:
-    """Return by how much an output element moves per opening of each gate, as root mean square."""
-    if not outputs:
-        return [0.0] * len(gates)
-    count = sum(leaf.numel() for leaf in outputs)
+def _slopes(field: list[Tensor], gates: list[nn.Parameter]) -> list[float]:
+    """Return by how much an element moves per opening of each gate, as root mean square.
+
+    That is over the largest element.
+    """
+    outputs = [leaf for leaf in field if leaf.requires_grad and leaf.numel()]  # labels have none
     slopes = [0.0] * len(gates)
+    if not outputs:
+        return slopes
+    length = sum(leaf.numel() for leaf in outputs) ** 0.5
+    largest = max(leaf.abs().max().item() for leaf in outputs) or 1.0
     for seed in range(2):  # by chance one sum of signs may miss a gate, two hardly
         with borrowed_randomness(seed):
             signs = [torch.randn(leaf.shape).sign().to(leaf) for leaf in outputs]
         found = torch.autograd.grad(outputs, gates, signs, retain_graph=True, allow_unused=True)
         slopes = [
-            max(slope, 0.0 if grad is None else grad.abs().max().item() / count**0.5)
+            max(slope, 0.0 if grad is None else grad.abs().max().item() / length / largest)
             for slope, grad in zip(slopes, found, strict=True)
         ]
     return slopes
