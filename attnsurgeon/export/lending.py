@@ -38,6 +38,8 @@ FINE_SPREAD = 0.1
 """The same for boxes, masks and keypoints: anchors are large, and rounding grows with them."""
 DRAWS = 8
 """Of weights, of which one is taken where rounding decides nothing."""
+ENOUGH = 3
+"""Draws that can be compared at all: opening gates takes minutes, so the best of these is taken."""
 SHAKY = 0.1
 """Of the tolerance: two engines differ by some ten times what rounding moves."""
 
@@ -76,7 +78,8 @@ def lent_to(
     if not batches or not isinstance(batches[0][0], list):
         yield nothing
         return
-    if _is_comparable(model, batches, opened, nothing):
+    moved = _moved(model, batches, opened, nothing)
+    if moved < SHAKY:
         yield nothing
         return
     layers = layers_behind(model, batches[0])
@@ -97,14 +100,15 @@ def lent_to(
             f"cannot be set in it; {REMEDY}"
         )
     with borrowed_values(list(own.values())):
-        best, least = nothing, 1.0
+        best, least, comparable = nothing, 1.0, 0
         for seed in range(DRAWS):
             _fill(model, layers, batches[0], seed)
             lent = {name: parameter.detach().clone() for name, parameter in own.items()}
-            moved = _moved(model, batches)
-            if moved < least and _stays(model, batches, opened, lent):
+            moved = _moved(model, batches, opened, lent, least)
+            if moved < least:
                 best, least = lent, moved
-            if least < SHAKY:
+            comparable += moved < 1
+            if least < SHAKY or comparable == ENOUGH:
                 break
         if not best:
             raise ExportRefused(
@@ -126,42 +130,45 @@ def lent_alike(copy: nn.Module | None, lent: Mapping[str, Tensor]) -> Iterator[N
         yield
 
 
-def _is_comparable(
-    model: nn.Module, batches: list[Inputs], opened: Opened | None, lent: Mapping[str, Tensor]
-) -> bool:
-    """Tell whether there is something to compare, and rounding alone leaves it where it is."""
-    try:
-        return _moved(model, batches) < SHAKY and _stays(model, batches, opened, lent)
-    except ExportRefused:  # opening its gates moves nothing of what it finds with its own weights
-        return False
-
-
-def _moved(model: nn.Module, batches: list[Inputs]) -> float:
+def _moved(
+    model: nn.Module,
+    batches: list[Inputs],
+    opened: Opened | None,
+    lent: Mapping[str, Tensor],
+    most: float = 1.0,
+) -> float:
     """Return the share of the tolerance by which rounding moves what the model finds.
 
-    That is on the images that steady chooses; it is infinite where it finds nothing on some.
+    That is on the images that steady chooses, with its gates as they are and opened; it is infinite
+    where it finds nothing on some, or where nothing of what it finds moves when they are opened.
+
+    Args:
+        model: with these numbers lent to it.
+        batches: what it is run on.
+        opened: tells with which gates it is compared too.
+        lent: what it was lent.
+        most: where it is as much as this with its gates as they are, none are opened.
     """
-    own, most = gate_values(model), 0.0
+    own = gate_values(model)
     if not all(tells(run_with_gates(model, own, inputs)) for inputs in batches):
         return float("inf")
+    moved = _most_moved(model, batches, own)
+    if opened is None or not moved < most:
+        return moved
+    try:
+        gates = opened(lent)
+    except ExportRefused:
+        return float("inf")
+    return max(moved, _most_moved(model, batches, gates))
+
+
+def _most_moved(model: nn.Module, batches: list[Inputs], gates: Mapping[str, Tensor]) -> float:
+    most = 0.0
     for inputs in batches:
-        most = max(most, steadiest(model, own, inputs)[1])
+        most = max(most, steadiest(model, gates, inputs)[1])
         if not most < 1:
             break
     return most
-
-
-def _stays(
-    model: nn.Module, batches: list[Inputs], opened: Opened | None, lent: Mapping[str, Tensor]
-) -> bool:
-    """Tell whether it finds something with its gates opened, too, that rounding does not decide.
-
-    By how much rounding may move it there is the affair of who opens them.
-    """
-    if opened is None:
-        return True
-    gates = opened(lent)
-    return all(steadiest(model, gates, inputs)[1] < 1 for inputs in batches)
 
 
 def layers_behind(model: nn.Module, inputs: Inputs) -> dict[str, float]:
