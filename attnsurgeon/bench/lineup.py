@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -17,6 +18,7 @@ from attnsurgeon.bench.precision import fit_target
 from attnsurgeon.bench.ready import Ready, make_ready
 from attnsurgeon.bench.request import Request
 from attnsurgeon.bench.targets import Inputs, Target
+from attnsurgeon.bench.warmup import warm_up
 
 Tell = Callable[[str, float], None]
 
@@ -59,7 +61,16 @@ class Lineup:
         """Return the batch on the CPU, all targets ready, and the ms of sending it there."""
         inputs = make_inputs(self.example, batch, torch.device("cpu"))
         ready, sent_ms = [], None
-        for target in self.fitted(precision):
+        targets = self.fitted(precision)
+        tell(f"preparing {targets[0].name}", 0.0)
+        warm_up(
+            engine,
+            targets,
+            inputs,
+            place,
+            functools.partial(self.make_one_ready, engine, place=place),
+        )
+        for target in targets:
             tell(f"preparing {target.name}", 0.0)
             one, sent_ms = self.make_one_ready(engine, target, inputs, place)
             ready.append(one)

@@ -136,8 +136,10 @@ def _check_numbers(
                 raise BadOption(f"{flag} must be at least 1, not {number}")
             if number > MOST[flag]:
                 raise BadOption(f"{flag} must be at most {MOST[flag]}, not {number}")
-    if not (seconds > 0 and math.isfinite(seconds)):
-        raise BadOption(f"--seconds must be above 0 and finite, not {seconds}")
+    if not seconds > 0:
+        raise BadOption(f"--seconds must be above 0, not {seconds}")
+    if math.isinf(seconds):
+        raise BadOption("--seconds must be finite, not inf")
     if not batches:
         raise BadOption("--batch needs at least one number")
 
