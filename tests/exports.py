@@ -88,13 +88,13 @@ class Planted:
 
     @staticmethod
     def after_writing(monkeypatch, edit):
-        write = onnx_format._OnnxDraft.write
+        write = onnx_format.OnnxDraft.write
 
         def spoiled(self, path, gates):
             write(self, path, gates)
             edit_onnx(path, edit)
 
-        monkeypatch.setattr(onnx_format._OnnxDraft, "write", spoiled)
+        monkeypatch.setattr(onnx_format.OnnxDraft, "write", spoiled)
 
     @staticmethod
     def gates(monkeypatch, draft):

@@ -211,13 +211,28 @@ class TestBatch:
             assert "\n" not in str(caught.value)
             assert [run.batch for run in measured_before(caught.value).runs] == [1]
 
-    def test_what_an_engine_alone_cannot_do_stays_a_bug(self, monkeypatch):
+    @pytest.mark.parametrize("train", [False, True])
+    @pytest.mark.parametrize("error", [TypeError, IndexError, KeyError])
+    def test_whatever_the_network_raises(self, error, train):
+        class Refuses(Residual):
+            def forward(self, x):
+                if len(x) > 1:
+                    raise error("one image please")
+                return super().forward(x)
+
+        with pytest.raises(HostUnusable, match="batch of 2: .*one image please.*; give a --batch"):
+            compare_speed([Refuses()], batches=(2,), train=train, example=IMAGE, **SMALL)
+
+    @pytest.mark.parametrize(
+        ("error", "train"), [(RuntimeError, False), (KeyError, False), (KeyError, True)]
+    )
+    def test_what_an_engine_alone_cannot_do_stays_a_bug(self, monkeypatch, error, train):
         def breaks(*args):
-            raise RuntimeError("broken")
+            raise error("broken")
 
         monkeypatch.setattr(ready, "_make_ready", breaks)
-        with pytest.raises(RuntimeError, match="broken"):
-            compare_speed([Residual()], example=IMAGE, **SMALL)
+        with pytest.raises(error, match="broken"):
+            compare_speed([Residual()], train=train, example=IMAGE, **SMALL)
 
 
 class TestLargest:

@@ -9,6 +9,7 @@ import sys
 from html.parser import HTMLParser
 
 import pytest
+import typer
 from rich.console import Console
 
 from attnsurgeon import compare_speed, gates
@@ -36,11 +37,20 @@ QUICK = ("--seconds", "0.1", "--threads", "1", "--device", "cpu")
 
 
 @pytest.fixture(scope="module")
-def results(digits_file):
-    report = compare_speed(
+def report(digits_file):
+    return compare_speed(
         [digits_file], seconds=0.1, threads=1, device="cpu", per_site=True, profile=True
     )
+
+
+@pytest.fixture(scope="module")
+def results(report):
     return report.to_json()
+
+
+@pytest.fixture
+def measured(monkeypatch, report):
+    monkeypatch.setattr("attnsurgeon.bench.compare.compare_speed", lambda *args, **options: report)
 
 
 class TestSchema:
@@ -156,6 +166,7 @@ class TestRegression:
             ("[]", "holds no results"),
             ('{"runs": []}', "has no schema"),
             ('{"runs": [], "schema": 99}', "has schema 99, and this attnsurgeon reads schema 1"),
+            ('{"runs": [], "schema": "1"}', "has schema '1', and this attnsurgeon reads schema 1"),
             ('{"runs": [], "schema": 1}', "is damaged: results.environment is missing"),
         ],
     )
@@ -173,6 +184,8 @@ class TestRegression:
             ("comparisons", {"ratio": float("nan")}),
             ("comparisons", {"ratio": float("inf"), "interval95": [1.0, float("inf")]}),
             ("comparisons", {"ratio": 10**400, "interval95": [1.0, 10**401]}),
+            ("comparisons", {"ratio": 1e308, "interval95": [1e307, 1.7e308]}),
+            ("comparisons", {"ratio": 1e-320, "interval95": [1e-320, 1.0]}),
             ("comparisons", {"ratio": 1.0, "interval95": [0.0, 2.0]}),
             ("comparisons", {"ratio": 1.5, "interval95": [2.0, 1.0]}),
             ("comparisons", {"interval95": [1.0]}),
@@ -187,6 +200,14 @@ class TestRegression:
         path.write_text(json.dumps(broken))
         with pytest.raises(BadFile, match=rf"is damaged: results.{kind}\[0\]"):
             regression.read_results(path)
+
+    def test_the_outermost_figures_are_compared(self, results):
+        sides = [copy.deepcopy(results) for _ in range(2)]
+        for side, ends in zip(sides, [(1e-60, 1e-60, 1e60), (1e-60, 1e60, 1e60)], strict=True):
+            side["comparisons"][0].update(ratio=ends[1], interval95=[ends[0], ends[2]])
+            assert regression._unsound(side) is None
+        for old, new in (sides, sides[::-1]):
+            assert regression.compare_results(old, new).changes[0].verdict
 
     def test_a_tiny_ratio_is_not_written_as_none(self):
         found = Comparison("a", "b", "eager", "cpu", 1, 3.14159e-5, (3.1e-5, 3.2e-5), "-100 %")
@@ -281,6 +302,18 @@ class TestFiles:
         assert results["environment"]["command"] in text
         assert "`features.5`" in text
         assert ": spread: 20 %" in text
+        together, added = sums_in_words(results["sites"][0])
+        assert f"| sum of all |  | {added} | all together: {together} |" in text
+        assert "interrupted" not in text
+
+    def test_markdown_tells_what_the_reader_has_to_know(self, results, tmp_path):
+        results = copy.deepcopy(results)
+        results["environment"]["notes"] = ["largest batch that fits: 8"]
+        results["interrupted"] = True
+        write_results(results, tmp_path / "r.md")
+        text = (tmp_path / "r.md").read_text()
+        assert "- note: largest batch that fits: 8\n" in text
+        assert "- interrupted, or ended by an error: the rest was not measured\n" in text
 
     def test_html_is_whole_and_fetches_nothing(self, results, tmp_path):
         results = copy.deepcopy(results)
@@ -292,7 +325,7 @@ class TestFiles:
         assert page.open == []
         assert page.links == []
         text = " ".join(page.text)
-        assert "Interrupted" in text
+        assert "Interrupted, or ended by an error" in text
         assert "<b>&" in text
         for heading in (
             "Time over the baseline",
@@ -370,6 +403,33 @@ class TestFiles:
         assert outcome.code == 2
         assert "no space left" in outcome.err
         assert len(json.loads(outcome.out)["runs"]) == 2
+
+    def test_one_that_cannot_be_written_leaves_the_others_theirs(
+        self, run, folder, measured, monkeypatch
+    ):
+        def picky(results, path, **options):
+            if path.name == "a.json":
+                raise OutputRefused("no space left")
+            write_results(results, path, **options)
+
+        monkeypatch.setattr("attnsurgeon.report.files.write_results", picky)
+        outcome = run("bench", "digits", "-o", "a.json", "-o", "b.json", "-o", "c.csv")
+        assert outcome.code == 2
+        assert "no space left" in outcome.err
+        assert misfit(json.loads((folder / "b.json").read_text())) is None
+        assert (folder / "c.csv").read_text().count("\n") == 3
+
+    @pytest.mark.parametrize("words", [(), ("--json",)])
+    def test_a_reader_that_has_seen_enough_leaves_the_files_theirs(
+        self, run, folder, measured, monkeypatch, words
+    ):
+        def ended(*things):
+            raise typer.Exit(141)
+
+        monkeypatch.setattr("attnsurgeon.cli.bench.say", ended)
+        monkeypatch.setattr("attnsurgeon.cli.bench.say_json", ended)
+        assert run("bench", "digits", *words, "-o", "r.json").code == 141
+        assert misfit(json.loads((folder / "r.json").read_text())) is None
 
     def test_several_at_once(self, run, folder, digits_file):
         outcome = run("bench", digits_file, *QUICK, "-o", "r.json", "-o", "r.html")

@@ -243,13 +243,13 @@ class TestLending:
     def test_a_wrong_weight_in_the_place_of_which_another_was_lent(self, tmp_path, monkeypatch):
         model = detector()
         nn.init.zeros_(model.scores.weight)
-        write = onnx_format._OnnxDraft.write
+        write = onnx_format.OnnxDraft.write
 
         def spoiled(self, path, gates):
             wrong = torch.ones(3, 8, 1, 1)
             write(self, path, {**gates, "scores.weight": wrong})
 
-        monkeypatch.setattr(onnx_format._OnnxDraft, "write", spoiled)
+        monkeypatch.setattr(onnx_format.OnnxDraft, "write", spoiled)
         with pytest.raises((ExportDiffers, ExportRefused)):
             attnsurgeon.export_model(
                 model, tmp_path / "x.onnx", example=IMAGES, exporter="torchscript"

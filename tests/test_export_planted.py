@@ -40,7 +40,7 @@ class TestWrongAnswersAreCaught:
 
     @pytest.mark.parametrize(
         ("suffix", "draft"),
-        [(".onnx", onnx_format._OnnxDraft), (".pt", torchscript._ScriptDraft)],
+        [(".onnx", onnx_format.OnnxDraft), (".pt", torchscript._ScriptDraft)],
     )
     def test_trained_gates_written_to_the_wrong_block(
         self, operated, tmp_path, monkeypatch, suffix, draft

@@ -213,14 +213,14 @@ class TestExport:
         model = attnsurgeon.insert_attention(
             exports.Tiny().eval(), "se", gate="layer", reduction=4, example=exports.EXAMPLE
         )
-        write = exports.onnx_format._OnnxDraft.write
+        write = exports.onnx_format.OnnxDraft.write
 
         def crossed(self, path, gates):
             weights = [name for name in gates if name.endswith("weight")]
             turned = dict(zip(weights, (gates[n] for n in weights[1:] + weights[:1]), strict=True))
             write(self, path, {**gates, **turned})
 
-        monkeypatch.setattr(exports.onnx_format._OnnxDraft, "write", crossed)
+        monkeypatch.setattr(exports.onnx_format.OnnxDraft, "write", crossed)
         for weight in list(attnsurgeon.gates(model).values())[::2]:
             nn.init.normal_(weight)
         with pytest.raises(ExportDiffers, match="gates open"):

@@ -31,7 +31,7 @@ from attnsurgeon.export.inputs import on_cpu
 from attnsurgeon.export.onnx_file import Patch
 
 _REFUSALS = RuntimeError, ValueError, AssertionError
-"""Of torch and torchvision, where a network cannot be run so; the latter two of training alone."""
+"""Of torch and torchvision, where a network cannot be trained so."""
 
 Leaves = list[Tensor]
 
@@ -69,11 +69,11 @@ def make_ready(engine: Engine, name: str, target: Target, inputs: Inputs, place:
 
     Raises:
         EngineUnavailable: the engine cannot run this precision here; and see the engine.
-        HostUnusable: an exported file does not take this batch, or a network no step of training.
+        HostUnusable: a file or a network does not take this batch, or no step of training.
     """
     try:
         return _make_ready(engine, target, inputs, place)
-    except _REFUSALS as error:
+    except Exception as error:
         if isinstance(error, AttnSurgeonError) or is_out_of_memory(error) or is_interrupt(error):
             raise
         refusal = _refusal(error, name, target, inputs, place)
@@ -101,7 +101,7 @@ def _refusal(
             f"{name} cannot run {target.name} in {place.precision} on {place.device}: {why}; "
             "leave one of them out"
         )
-    if place.train:
+    if place.train and isinstance(error, _REFUSALS):
         # It ran when it was tried, in eval mode: a batch norm wants more values, or a loss is
         # not to be had.
         return HostUnusable(
@@ -119,7 +119,7 @@ def _fails_itself(target: Target, inputs: Inputs) -> bool:
         return False
     try:
         _outputs(target.model, on_cpu(inputs))
-    except _REFUSALS as error:
+    except Exception as error:  # of the user's network: it may be any
         return not (is_out_of_memory(error) or is_interrupt(error))
     return False
 

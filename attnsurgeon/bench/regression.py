@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,6 +18,8 @@ from attnsurgeon.errors import BadFile, BadOption, TooSlow
 
 MACHINE = ("cpu", "gpu", "threads")
 """Absolute times are compared only where these are the same."""
+LEAST, MOST = 1e-60, 1e60
+"""No ratio, and no time in ms, lies beyond these; quotients of quotients of them are finite."""
 JOB = ("engine", "device", "batch", "precision", "channels_last", "train")
 
 
@@ -105,7 +106,7 @@ def read_results(path: str | os.PathLike[str]) -> dict[str, Any]:
         raise BadFile(f"{name} holds no results: give a file that `bench -o results.json` wrote")
     version = results.get("schema")
     if version != VERSION:
-        told = "no schema" if version is None else f"schema {version}"
+        told = "no schema" if version is None else f"schema {version!r}"
         raise BadFile(
             f"{name} has {told}, and this attnsurgeon reads schema {VERSION}: measure again, or "
             "use the attnsurgeon that wrote it"
@@ -126,9 +127,9 @@ def _unsound(results: Mapping[str, Any]) -> str | None:
             interval = found[ends]
             if interval is None:
                 interval = [found["p5_ms"], found["p95_ms"]]
-            in_order = [0, *interval[:1], found[name], *interval[1:], sys.float_info.max]
+            in_order = [LEAST, *interval[:1], found[name], *interval[1:], MOST]
             is_rising = all(one <= other for one, other in pairwise(in_order))
-            if len(interval) != 2 or not is_rising or interval[0] == 0:
+            if len(interval) != 2 or not is_rising:
                 return f"results.{kind}[{i}].{name} is {found[name]} in {interval}"
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -174,10 +175,10 @@ def bench(
         if found is None:
             raise
         report, stop = found, error
-    # First, since a file that cannot be written any more would take all of it along.
-    say_json(report.to_json()) if as_json else say(show_report(report))
-    for path in outputs:
-        write_results(report.to_json(), path, force=force)
+    with ExitStack() as files:  # what stdout or one of them cannot take, the others still get
+        for path in reversed(outputs):
+            files.callback(write_results, report.to_json(), path, force=force)
+        say_json(report.to_json()) if as_json else say(show_report(report))
     if stop is None:
         return
     kept = f" and is in {', '.join(map(str, outputs))}" if outputs else ""

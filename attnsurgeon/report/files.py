@@ -20,6 +20,7 @@ from attnsurgeon.report.wording import (
     doubts_of_runs,
     job_in_words,
     ratio_in_words,
+    sums_in_words,
 )
 
 Results = Mapping[str, Any]
@@ -110,6 +111,9 @@ def _markdown(results: Results) -> Iterator[str]:
     yield from (f"- doubt: {what}: {doubt}" for what, doubt in doubts_of_runs(results))
     for failure in results["failures"]:
         yield f"- failed: {failure['reason']}"
+    yield from (f"- note: {note}" for note in environment["notes"])
+    if results["interrupted"]:
+        yield "- interrupted, or ended by an error: the rest was not measured"
     for costs in results["sites"]:
         yield ""
         yield f"| site of `{costs['target']}`, {job_in_words(costs)} | features | in | out |"
@@ -118,6 +122,8 @@ def _markdown(results: Results) -> Iterator[str]:
             features = "×".join(map(str, site["shape"]))
             ratios = (ratio_in_words(site[key]) for key in ("alone_in", "alone_out"))
             yield _row(f"`{site['path']}`", features, *ratios)
+        together, added = sums_in_words(costs)
+        yield _row("sum of all", "", added, f"all together: {together}")
     yield ""
     where = environment["gpu"] or environment["cpu"]
     yield f"{where}, threads: {environment['threads']}, torch {environment['torch']};"

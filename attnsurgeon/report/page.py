@@ -46,7 +46,7 @@ def _page(results: Results) -> Iterator[str]:
     yield f"threads: {environment['threads']}, torch {escape(str(environment['torch']))}</p>"
     yield f"<pre>{escape(environment['command'])}</pre>"
     if results["interrupted"]:
-        yield '<p class="doubt">Interrupted: the rest was not measured.</p>'
+        yield '<p class="doubt">Interrupted, or ended by an error: the rest was not measured.</p>'
     yield from _section("Time over the baseline", draw_ratios(results["comparisons"], names))
     yield from _section("Distributions", draw_distributions(results["runs"], names))
     for costs in results["sites"]:
