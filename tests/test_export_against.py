@@ -11,7 +11,7 @@ from PIL import Image
 from rich.console import Console
 
 import attnsurgeon
-from attnsurgeon.card import card_of
+from attnsurgeon.card import HostCard, card_of, give_card
 from attnsurgeon.errors import BadFile, BadOption, ExportDiffers
 from attnsurgeon.export import verify_export
 from attnsurgeon.export.images import read_images
@@ -86,6 +86,18 @@ class TestImages:
             (pictures / f"bad{i}.jpg").write_bytes(b"no picture")
         with pytest.raises(BadFile, match=r"5 of 8 images cannot be read.*bad0.*bad2\.jpg'; take"):
             verify_export(exported, exports.tiny(), pictures)
+
+    def test_a_large_one_is_read_without_a_word(self, pictures, monkeypatch):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 2000)  # of which there are 2400
+        (read,) = read_images([pictures / "0.png"], None, (32, 32))
+        assert read.shape == (1, 3, 32, 32)
+
+    def test_a_video_is_no_image(self, tmp_path, pictures):
+        video = torch.nn.Conv3d(3, 4, 3, padding=1)
+        give_card(video, HostCard(None, "Conv3d", input_shapes=((1, 3, 4, 16, 16),)))
+        attnsurgeon.export_model(video, tmp_path / "x.onnx")
+        with pytest.raises(BadOption, match=r"one RGB image; Conv3d takes \[1, 3, 4, 16, 16\]"):
+            verify_export(tmp_path / "x.onnx", video, pictures)
 
     @pytest.mark.parametrize("name", ["empty", "missing"])
     def test_none(self, exported, tmp_path, name):

@@ -168,6 +168,13 @@ class TestComparer:
 
 
 class TestLending:
+    def test_a_detector_that_writes_to_its_images(self):
+        model = detector()
+        model.register_forward_pre_hook(lambda _, given: [image.mul_(2) for image in given[0]])
+        kept = [image.clone() for image in IMAGES]
+        lending.layers_behind(model, (IMAGES,))
+        assert all(map(torch.equal, IMAGES, kept))
+
     def test_the_layers_behind_the_backbone(self):
         found = lending.layers_behind(detector(), (IMAGES,))
         assert found == {"scores": lending.SPREAD, "boxes": lending.FINE_SPREAD}

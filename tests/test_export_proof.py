@@ -96,6 +96,29 @@ def test_hidden_gates_are_opened_until_it_shows(operated):
     assert not any(p.grad is not None for p in hidden.parameters())
 
 
+class Centred(exports.Tiny):
+    """Writes to what it is given."""
+
+    def forward(self, x):
+        return super().forward(x.sub_(0.5))
+
+
+def test_a_network_that_writes_to_its_inputs_is_compared_on_what_both_were_given(tmp_path):
+    torch.manual_seed(0)
+    model = Centred().eval()
+    for name in ("x.onnx", "x.pt"):
+        found = attnsurgeon.export_model(model, tmp_path / name, example=exports.EXAMPLE)
+        assert all(check.passed for check in found.checks)
+
+
+def test_opening_gates_leaves_the_inputs_as_they_were():
+    model = nn.Sequential(nn.ReLU(inplace=True), copy.deepcopy(exports.tiny())).eval()
+    given = torch.randn(2, 3, 32, 32)
+    kept = given.clone()
+    opening._shifts(model, opening.plain_openings(model), (given,))
+    assert torch.equal(given, kept)
+
+
 def test_a_check_that_could_not_fail_is_refused(operated, tmp_path):
     """Where attention moves no output, an opened file would agree whatever it computes."""
     silent = copy.deepcopy(operated)

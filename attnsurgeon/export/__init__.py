@@ -16,17 +16,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from attnsurgeon.arguments import typed
 from attnsurgeon.card import HostCard, card_of
-from attnsurgeon.errors import BadOption, ExportDiffers
+from attnsurgeon.errors import ExportDiffers
 from attnsurgeon.export.against import Agreement, verify_export
 from attnsurgeon.export.axes import fixed_by_network
 from attnsurgeon.export.axes import told as told_fixed
 from attnsurgeon.export.format import Settings, format_for, formats
 from attnsurgeon.export.fresh import ready_process
-from attnsurgeon.export.images import Photographs
+from attnsurgeon.export.images import Photographs, image_of
 from attnsurgeon.export.inputs import AXES, Inputs, example_inputs, resized, size_of, trials
 from attnsurgeon.export.onnx_int8 import Int8Draft
 from attnsurgeon.export.precision import HALVES, Precision, lowered, precision_of
@@ -242,9 +242,7 @@ def _photographs(settings: Settings, model: nn.Module, inputs: Inputs) -> Photog
     """
     if settings.images is None:
         return None
-    if len(inputs) != 1 or not isinstance(inputs[0], Tensor):
-        raise BadOption(f"--images is for networks of one RGB image, not {type(model).__name__}")
-    return Photographs(settings.images, model, inputs[0])
+    return Photographs(settings.images, model, image_of(model, inputs))
 
 
 def _metadata(model: nn.Module, inputs: Inputs) -> dict[str, str]:

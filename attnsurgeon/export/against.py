@@ -11,10 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from attnsurgeon.card import card_of
-from attnsurgeon.errors import BadFile, BadOption, ExportDiffers
+from attnsurgeon.errors import BadFile, ExportDiffers
 from attnsurgeon.export.calm import steady
 from attnsurgeon.export.format import Opened, Runner, format_for
-from attnsurgeon.export.images import image_files, read_images
+from attnsurgeon.export.images import image_files, image_of, read_images
 from attnsurgeon.export.inputs import example_inputs, size_of, tensors_of, trials
 from attnsurgeon.export.lending import lent_to
 from attnsurgeon.export.opening import Opener
@@ -97,9 +97,8 @@ def verify_export(
     seen: dict[str, str] = {}
     of_images: list[Check] = []
     if images is not None:
-        if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or inputs[0].shape[1] != 3:
-            raise BadOption(f"--images is for networks of one RGB image; {file.name} takes others")
-        of_images, seen = _compare_images(run, model, inputs[0], Path(images), precision)
+        like = image_of(model, inputs)
+        of_images, seen = _compare_images(run, model, like, Path(images), precision)
     is_int8 = precision.name == "int8"
     is_unrounded = is_int8 and kind.has_gates(file, own)
     near = UNROUNDED if is_unrounded else precision

@@ -16,13 +16,29 @@ from torchvision.models import get_weight
 
 from attnsurgeon.card import HostCard, card_of
 from attnsurgeon.errors import BadFile, BadOption
-from attnsurgeon.export.inputs import Inputs, batch_of, size_of
+from attnsurgeon.export.inputs import Inputs, batch_of, size_of, tensors_of
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".gif")
 MOST = 128
 """Images that numbers are calibrated on: the extremes of a map change little with more."""
 _NAMED = 3
 _TIMM = "timm:"
+
+
+def image_of(model: nn.Module, inputs: Inputs) -> Tensor:
+    """Return the one batch of RGB images, (N, 3, H, W), that a network takes.
+
+    Raises:
+        BadOption: it takes something else.
+    """
+    if len(inputs) == 1 and isinstance(inputs[0], Tensor):
+        like = inputs[0]
+        if like.ndim == 4 and like.shape[1] == 3:
+            return like
+    taken = ", ".join(str(list(part.shape)) for part in tensors_of(inputs))
+    raise BadOption(
+        f"--images is for networks of one RGB image; {type(model).__name__} takes {taken}"
+    )
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -73,14 +89,9 @@ class Photographs:
         """Read MOST of them at most, spread evenly over their names.
 
         Raises:
-            BadOption: there is no such folder, no image in it, or the network takes no image.
+            BadOption: there is no such folder, or no image in it.
             BadFile: some cannot be read.
         """
-        if like.ndim != 4 or like.shape[1] != 3:
-            raise BadOption(
-                f"--images is for networks of one RGB image; {type(model).__name__} takes "
-                f"{list(like.shape)}"
-            )
         found = image_files(folder)
         step = max(len(found) / MOST, 1.0)
         self.files = [found[int(i * step)] for i in range(min(len(found), MOST))]
@@ -108,10 +119,11 @@ class Photographs:
 
 def _decoded(file: Path) -> Tensor:
     """Return the pixels as they are looked at, (3, H, W) in uint8."""
-    with warnings.catch_warnings(), Image.open(file) as picture:
+    with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a large picture, odd metadata: it is read all the same
-        upright = ImageOps.exif_transpose(picture).convert("RGB")
-        return torch.from_numpy(numpy.array(upright)).permute(2, 0, 1)
+        with Image.open(file) as picture:
+            upright = ImageOps.exif_transpose(picture).convert("RGB")
+            return torch.from_numpy(numpy.array(upright)).permute(2, 0, 1)
 
 
 def _prepared(image: Tensor, card: HostCard | None, size: tuple[int, int]) -> Tensor:

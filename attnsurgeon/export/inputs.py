@@ -42,6 +42,12 @@ def on_cpu(inputs: Inputs) -> Inputs:
     return moved
 
 
+def copied(inputs: Inputs) -> Inputs:
+    """Return the same inputs in memory of their own, for a network that writes to what it takes."""
+    copies: Inputs = tree_map_only(Tensor, Tensor.clone, inputs)
+    return copies
+
+
 def batch_of(inputs: Inputs) -> int:
     """Return the number of images."""
     first = inputs[0]

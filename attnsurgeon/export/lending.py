@@ -29,7 +29,7 @@ from attnsurgeon.borrow import (
 from attnsurgeon.errors import ExportRefused
 from attnsurgeon.export.calm import steadiest, tells
 from attnsurgeon.export.detections import by_field
-from attnsurgeon.export.inputs import Inputs
+from attnsurgeon.export.inputs import Inputs, copied
 from attnsurgeon.export.proof import gate_values, run_with_gates
 
 SPREAD = 1.0
@@ -185,7 +185,7 @@ def layers_behind(model: nn.Module, inputs: Inputs) -> dict[str, float]:
             for parameter in parameters:
                 parameter.requires_grad_(True)
             with torch.enable_grad():
-                output = model(*inputs)
+                output = model(*copied(inputs))
         finally:
             for parameter, flag in zip(parameters, flags, strict=True):
                 parameter.requires_grad_(flag)

@@ -12,7 +12,7 @@ from attnsurgeon.borrow import borrowed_buffers, borrowed_numerics, borrowed_ran
 from attnsurgeon.errors import ExportRefused
 from attnsurgeon.export.calm import shaken, steady
 from attnsurgeon.export.detections import by_field
-from attnsurgeon.export.inputs import Inputs
+from attnsurgeon.export.inputs import Inputs, copied
 from attnsurgeon.export.lending import lent_alike
 from attnsurgeon.export.precision import Precision
 from attnsurgeon.export.proof import (
@@ -213,7 +213,7 @@ def _shifts(model: nn.Module, openings: Mapping[str, Tensor], inputs: Inputs) ->
         for gate in gates.values():
             gate.requires_grad_(True)
         with torch.enable_grad():
-            fields = by_field(model(*inputs)).values()
+            fields = by_field(model(*copied(inputs))).values()
             slopes = [_slopes(field, list(gates.values())) for field in fields]
     return {
         name: max(slope) * _distance(name, openings)

@@ -18,7 +18,7 @@ from attnsurgeon.borrow import (
 )
 from attnsurgeon.export.detections import Detections, fields_of, outputs_of
 from attnsurgeon.export.format import RunFailed, Runner
-from attnsurgeon.export.inputs import Inputs, batch_of, size_of
+from attnsurgeon.export.inputs import Inputs, batch_of, copied, size_of
 from attnsurgeon.export.precision import PRECISIONS, Precision
 from attnsurgeon.gate import named_gates
 
@@ -108,9 +108,9 @@ def gate_values(model: nn.Module) -> dict[str, Tensor]:
 
 
 def run_with_gates(model: nn.Module, gates: Mapping[str, Tensor], inputs: Inputs) -> list[Tensor]:
-    """Run the model in eval mode with these gate values; it is left as it was."""
+    """Run the model in eval mode with these gate values; it and the inputs stay as they were."""
     with gates_at(model, gates), torch.no_grad(), borrowed_buffers(model), borrowed_numerics():
-        return outputs_of(model(*inputs))
+        return outputs_of(model(*copied(inputs)))
 
 
 @contextmanager
