@@ -9,8 +9,9 @@ import torch
 
 import attnsurgeon
 from attnsurgeon.card import card_of
-from attnsurgeon.errors import ExportDiffers, ExportRefused
+from attnsurgeon.errors import BadFile, ExportDiffers, ExportRefused
 from attnsurgeon.export import source
+from attnsurgeon.export.against import verify_export
 from attnsurgeon.host import load_host
 from attnsurgeon.surgery import cuts_of
 from tests import exports
@@ -60,6 +61,18 @@ def test_it_runs_where_attnsurgeon_cannot_be_imported(operated, tmp_path):
     text = (tmp_path / "model.py").read_text()
     assert "import attnsurgeon" not in text
     assert "from attnsurgeon" not in text
+    _check_later(operated, tmp_path / "model.py", text)
+
+
+def _check_later(operated, path, text):
+    """Hold the file against the model again, as it is and with attention that is half as strong."""
+    assert all(check.max_abs == 0 for check in verify_export(path, operated).checks)
+    path.write_text(text.replace("self.attention_conv(", "self.attention_conv(0.5 * "))
+    with pytest.raises(ExportDiffers, match="differs from the model"):
+        verify_export(path, operated)
+    path.write_text("nothing = 0")
+    with pytest.raises(BadFile, match="model.py cannot be run"):
+        verify_export(path, operated)
 
 
 def test_attention_in_the_wrong_place_is_caught(operated, tmp_path, monkeypatch):

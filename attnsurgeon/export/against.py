@@ -67,6 +67,8 @@ def verify_export(
 ) -> Agreement:
     """Compare a file with a model again: random inputs, gates opened, and images of a folder.
 
+    Code (.py) is run with the model's own weights, in a process of its own.
+
     An int8 file was calibrated for images, and with its gates as they are. On random inputs and
     with other gates it is compared with its maps unrounded: its weights and its wiring. What eight
     bits make of the maps is compared on the images.
@@ -85,7 +87,8 @@ def verify_export(
     kind = format_for(file)
     if not file.is_file():
         raise BadFile(f"there is no file {str(file)!r}")
-    opened = kind.open(file)
+    read = kind.reader_for(model)
+    opened = read(file, None)
     inputs = example_inputs(model, None, None)
     fixed = {axis.rpartition(".")[2] for axis in opened.fixed_axes}
     batches = trials(model, inputs, fixed)
@@ -111,13 +114,13 @@ def verify_export(
     ask = None if opener is None else opener.values_with
     with lent_to(model, batches, lambda own: holds(precision.cast_gates(own)), ask) as lent:
         if lent or is_unrounded:
-            run = kind.open(file, precision.cast_gates(lent)).run
+            run = read(file, precision.cast_gates(lent)).run
         drawn = [steady(model, own, batch) for batch in batches]
         checks = check_file(run, model, own, label, drawn, near)
         del run  # what holds its weights ends before they are read again
         if opener is not None:
             values = opener.made_with(lent).values
-            run = kind.open(file, precision.cast_gates({**values, **lent})).run
+            run = read(file, precision.cast_gates({**values, **lent})).run
             drawn = [steady(model, values, batch) for batch in batches]
             checks += check_file(run, model, values, "open", drawn, near)
     checks += of_images

@@ -157,6 +157,10 @@ class Format(ABC):
             BadFile: it cannot be run, or has no such gates.
         """
 
+    def reader_for(self, model: nn.Module) -> Reader:
+        """Return what opens a file that is held against this model."""
+        return self.open
+
     def name_of(self, path: Path) -> str:
         """Return what to call a written file, where one suffix stands for several kinds."""
         return self.name

@@ -13,6 +13,7 @@ from attnsurgeon.export.format import (
     Draft,
     Format,
     Opened,
+    Reader,
     Settings,
     refuse_compile,
     refuse_onnx_settings,
@@ -39,18 +40,23 @@ class _SourceDraft(Draft):
 
     def __init__(self, text: str, state: dict[str, Tensor]) -> None:
         self.text = text
-        self.state = state
-        self.reader = self._open
+        self.reader = _reader_with(state)
 
     def write(self, path: Path, gates: Mapping[str, Tensor]) -> None:
         path.write_text(self.text, encoding="utf-8")
 
-    def _open(self, path: Path, gates: Mapping[str, Tensor] | None = None) -> Opened:
-        state = {name: tensor.detach().cpu() for name, tensor in self.state.items()}
+
+def _reader_with(state: Mapping[str, Tensor]) -> Reader:
+    """Return what runs a file in a process of its own, with these weights."""
+
+    def read(path: Path, gates: Mapping[str, Tensor] | None = None) -> Opened:
+        values = {name: tensor.detach().cpu() for name, tensor in state.items()}
         process = FreshProcess(
-            path.name, "open_python", str(path.absolute()), {**state, **(gates or {})}
+            path.name, "open_python", str(path.absolute()), {**values, **(gates or {})}
         )
         return Opened(lambda inputs: list(process(on_cpu(inputs))))
+
+    return read
 
 
 @register(".py")
@@ -102,3 +108,7 @@ class Standalone(Format):
             BadFile: always; a draft has the weights.
         """
         raise BadFile(f"{path.name} holds no weights: load(path) of its own reads them")
+
+    def reader_for(self, model: nn.Module) -> Reader:
+        """Return what runs the code with the weights of this model."""
+        return _reader_with(model.state_dict())
