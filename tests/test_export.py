@@ -19,7 +19,7 @@ from attnsurgeon.errors import (
     UnknownName,
 )
 from attnsurgeon.export import onnx as onnx_format
-from attnsurgeon.export import onnx_runtime
+from attnsurgeon.export import onnx_draft, onnx_runtime
 from attnsurgeon.export.format import format_for
 from attnsurgeon.export.onnx_runtime import newest_ir, newest_opset
 from attnsurgeon.export.torchscript import load_torchscript
@@ -275,7 +275,7 @@ class TestExporters:
             attnsurgeon.export_model(Numpy(), tmp_path / "x.onnx", example=exports.EXAMPLE)
 
     def test_the_format_is_one_that_the_runtime_reads(self, operated, tmp_path, monkeypatch):
-        monkeypatch.setattr(onnx_format, "newest_ir", lambda: 9)
+        monkeypatch.setattr(onnx_draft, "newest_ir", lambda: 9)
         attnsurgeon.export_model(operated, tmp_path / "x.onnx")
         assert onnx.load(tmp_path / "x.onnx").ir_version == 9 <= newest_ir()
 
