@@ -11,6 +11,7 @@ from torch import nn
 from torchvision.ops import batched_nms, nms
 
 import attnsurgeon
+from attnsurgeon.borrow import borrowed_randomness
 from attnsurgeon.errors import ExportDiffers, ExportRefused
 from attnsurgeon.export import calm, lending, onnx_traced, opening, verify_export
 from attnsurgeon.export import onnx as onnx_format
@@ -83,8 +84,21 @@ def detector():
 
 def filled(model, given):
     """Return a detector that says a lot about such images."""
-    lending._fill(model, lending.layers_behind(model, given), given, 0)
+    lending._fill(model, lending.layers_behind(model, given), given, gate_values(model), 0)
     return model
+
+
+def fading(scale):
+    """Return one whose scores fall below what is kept, and what it is run on."""
+    torch.manual_seed(0)
+    model = attnsurgeon.insert_attention(
+        Fading().eval(), "se", example=(IMAGES,), at="features.1", reduction=4
+    )
+    batches = runs(model)
+    filled(model, batches[0])
+    with torch.no_grad():
+        model.scores.weight.mul_(scale)
+    return model, batches
 
 
 def runs(model):
@@ -177,7 +191,7 @@ class TestLending:
 
     def test_the_layers_behind_the_backbone(self):
         found = lending.layers_behind(detector(), (IMAGES,))
-        assert found == {"scores": lending.SPREAD, "boxes": lending.FINE_SPREAD}
+        assert found == {"scores": lending.LARGEST, "boxes": lending.FINE_LARGEST}
 
     def test_weights_that_say_nothing(self, tmp_path):
         """Everything scores alike, so that it is chance what is kept; nothing is left changed."""
@@ -222,23 +236,37 @@ class TestLending:
         made = attnsurgeon.export_model(model, tmp_path / "x.pt", example=IMAGES)
         assert "scores.weight and 1 other tensors held random numbers" in made.notices[-1]
 
-    def test_weights_that_say_nothing_with_gates_open(self, tmp_path):
-        torch.manual_seed(0)
-        model = attnsurgeon.insert_attention(
-            Fading().eval(), "se", example=(IMAGES,), at="features.1", reduction=4
-        )
-        batches = runs(model)
-        filled(model, batches[0])
-        with torch.no_grad():
-            model.scores.weight.mul_(0.6)
-        values = opening.open_gates(model, batches[0]).values
+    def test_gates_are_opened_less_where_nothing_would_be_found(self):
+        model, batches = fading(0.55)
+        far = opening.open_gates(model, batches[0]).values
         assert calm.steadiest(model, gate_values(model), batches[1])[1] < lending.SHAKY
-        assert calm.steadiest(model, values, batches[1])[1] == float("inf")
+        assert calm.steadiest(model, far, batches[1])[1] == float("inf")
+        near = opening.open_gates(model, batches[0], batches=batches).values
+        assert calm.all_tell(model, near, batches)
+        assert all(near[name].abs() < value.abs() for name, value in far.items())
+
+    def test_weights_that_say_nothing_with_gates_open(self, tmp_path):
+        model, batches = fading(0.525)
+        assert calm.all_tell(model, gate_values(model), batches)
+        with pytest.raises(ExportRefused, match="moves no output visibly"):
+            opening.open_gates(model, batches[0], batches=batches)
         path = tmp_path / "x.onnx"
         made = attnsurgeon.export_model(model, path, example=IMAGES, exporter="torchscript")
         assert [check.gates for check in made.checks] == ["closed"] * 3 + ["open"] * 3
         assert "scores.weight and 1 other tensors held random numbers" in made.notices[-1]
         assert len(verify_export(path, model).checks) == 6
+
+    def test_signals_are_made_as_large_as_they_are_with_gates_open(self):
+        """Else a part that opened gates leave behind would be among the best of nothing."""
+        model, batches = fading(1)
+        gates = {name: torch.full_like(gate, 3) for name, gate in gate_values(model).items()}
+        lending._fill(model, lending.layers_behind(model, batches[0]), batches[0], gates, 0)
+        given = []
+        model.scores.register_forward_hook(lambda *call: given.append(call[-1].abs().max().item()))
+        run_with_gates(model, gates, batches[0])
+        run_with_gates(model, gate_values(model), batches[0])
+        assert given[0] == pytest.approx(lending.LARGEST, rel=0.01)  # the layer keeps its bias
+        assert given[len(given) // 2] > 2 * lending.LARGEST  # closed: these fade as gates open
 
     def test_a_wrong_weight_in_the_place_of_which_another_was_lent(self, tmp_path, monkeypatch):
         model = detector()
@@ -310,10 +338,10 @@ class TestLending:
         nn.init.zeros_(model.scores.weight)
         noisy = []
 
-        def watched(model, inputs, precision, cast):
+        def watched(model, inputs, precision, cast, batches):
             own, rounded = model.scores.weight, cast.scores.weight
             noisy.append((own.half().equal(rounded), bool(own.any())))
-            return open_gates(model, inputs, precision, cast)
+            return open_gates(model, inputs, precision, cast, batches)
 
         monkeypatch.setattr("attnsurgeon.export.opening.open_gates", watched)
         path = tmp_path / "x.pt"
@@ -336,13 +364,26 @@ class TestLending:
         boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 5.001]])  # 0.5001 of it in common
         scores = torch.tensor([0.9, 0.8])
         kept = []
-        for margin in (calm.MARGIN, -calm.MARGIN):
-            with calm._ShakenRanks(margin):
+        for way in (1, -1):
+            with calm._ShakenRanks(way):
                 kept.append(len(nms(boxes, scores, 0.5)))
         assert kept == [2, 1]
 
+    @pytest.mark.parametrize("rank", [torch.topk, lambda scores, _: torch.sort(scores)])
+    def test_of_equal_scores_another_is_first_the_second_time(self, rank):
+        firsts = set()
+        for way in (1, -1):
+            with borrowed_randomness(0), calm._ShakenRanks(way):
+                firsts.add(int(rank(torch.ones(2), 1)[1][0]))
+        assert firsts == {0, 1}
+
+    def test_images_are_shaken_both_ways(self):
+        one, other = (calm.shaken((torch.ones(8),), way)[0] - 1 for way in (100, -100))
+        assert one.any()
+        assert torch.allclose(one, -other, atol=1e-7)
+
     def test_images_are_redrawn_until_rounding_decides_nothing(self, monkeypatch):
-        model, moved = detector(), iter([1.0, 1.0, 1e-5, 1e-5, 0.5, 1e-7, 1e-7, 0.0])
+        model, moved = detector(), iter([1.0, 1.0, 3e-5, 3e-5, 0.5, 1e-7, 1e-7, 0.0])
 
         def compare(want, have, tolerance):
             return 0.0, next(moved), 1.0, 1.0, True

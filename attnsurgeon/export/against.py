@@ -15,7 +15,7 @@ from attnsurgeon.errors import BadFile, ExportDiffers
 from attnsurgeon.export.calm import steady
 from attnsurgeon.export.format import Opened, Runner, format_for
 from attnsurgeon.export.images import image_files, image_of, read_images
-from attnsurgeon.export.inputs import example_inputs, size_of, tensors_of, trials
+from attnsurgeon.export.inputs import example_inputs, size_of, trials
 from attnsurgeon.export.lending import lent_to
 from attnsurgeon.export.opening import Opener
 from attnsurgeon.export.precision import (
@@ -107,12 +107,10 @@ def verify_export(
     near = UNROUNDED if is_unrounded else precision
     opener = None
     if own and kind.has_gates(file, own):
-        smallest = min(batches, key=lambda b: tensors_of(b)[0].numel())
         is_own = precision.name not in HALVES or precision_of(model, None) == precision
         cast = None if is_own else lowered(model, precision, inputs)
-        opener = Opener(model, smallest, precision, cast)
-    ask = None if opener is None else opener.values_with
-    with lent_to(model, batches, lambda own: holds(precision.cast_gates(own)), ask) as lent:
+        opener = Opener(model, batches, precision, cast)
+    with lent_to(model, batches, lambda own: holds(precision.cast_gates(own)), opener) as lent:
         if lent or is_unrounded:
             run = read(file, precision.cast_gates(lent)).run
         drawn = [steady(model, own, batch) for batch in batches]

@@ -4,15 +4,16 @@ Whether one box more overlaps too much, or is among the best hundred, can turn o
 there two right engines would disagree. So the model is run again on inputs that are a little away,
 and with scores that are too wherever it ranks by them. Without the latter equal scores would never
 show: torchvision's SSD with large activations scores a hundred boxes of an image exactly 1, and
-each engine keeps those of them that its own sort leaves in front. How much boxes may overlap is
-moved both ways, in two runs, so that no pair on the edge is missed: when it is traced, torchvision
+each engine keeps those of them that its own sort leaves in front. That is done twice, the second
+time the opposite way: what is on an edge falls off it in one of the two. How much boxes may overlap
+is moved as well, so that no pair on the edge is missed: when it is traced, torchvision
 moves the boxes of each class to a place of their own before it compares them, thousands of pixels
 away, where float32 has steps of 1/2000 of a pixel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -29,10 +30,12 @@ DIFFERENT = 5
 """Scores at least, among more objects: fewer are those of a network that is silent inside."""
 DRAWS = 8
 """Of images, of which those are taken that rounding moves least."""
-CALM = 0.05
+CALM = 0.2
 """Of the tolerance: where rounding moves no more than that, no other images are tried."""
 ROUNDINGS = 10
 """By which inputs are shaken."""
+AS_ENGINES = 100
+"""The same, where it shall move what a detector finds about as far as another engine does."""
 LAST_BITS = 2
 """By which scores are shaken where they are ranked: by what another softmax may differ."""
 MARGIN = 5e-4
@@ -51,6 +54,11 @@ def tells(outputs: list[Tensor]) -> bool:
         len(scores) > 0 and len(scores.unique()) >= min(len(scores), DIFFERENT)
         for scores in outputs.field("scores")
     )
+
+
+def all_tell(model: nn.Module, gates: Mapping[str, Tensor], batches: Iterable[Inputs]) -> bool:
+    """Tell whether a detector finds something in every batch; other networks need not be run."""
+    return all(tells(run_with_gates(model, gates, b)) for b in batches if isinstance(b[0], list))
 
 
 def steady(model: nn.Module, gates: Mapping[str, Tensor], inputs: Inputs) -> Inputs:
@@ -75,9 +83,9 @@ def steadiest(
             continue
         tolerance = tolerance_of(outputs)
         moved = 0.0
-        for margin in (MARGIN, -MARGIN):
-            with borrowed_randomness(seed), _ShakenRanks(margin):
-                again = run_with_gates(model, gates, shaken(drawn))
+        for way in (1, -1):
+            with borrowed_randomness(seed), _ShakenRanks(way):
+                again = run_with_gates(model, gates, shaken(drawn, way * AS_ENGINES))
             moved = max(moved, compare_outputs(outputs, again, tolerance)[1] / tolerance)
             if not moved < least:
                 break
@@ -88,10 +96,10 @@ def steadiest(
     return best, least
 
 
-def shaken(inputs: Inputs) -> Inputs:
-    """Return inputs whose numbers are some ten roundings away."""
+def shaken(inputs: Inputs, roundings: int = ROUNDINGS) -> Inputs:
+    """Return inputs whose numbers are some roundings away; below 0, the opposite way."""
     with borrowed_randomness(2):
-        moved: Inputs = tree_map_only(Tensor, lambda part: _shaken(part, ROUNDINGS), inputs)
+        moved: Inputs = tree_map_only(Tensor, lambda part: _shaken(part, roundings), inputs)
     return moved
 
 
@@ -105,19 +113,19 @@ def _shaken(tensor: Tensor, roundings: int) -> Tensor:
 class _ShakenRanks(TorchDispatchMode):
     """While entered, scores are shaken in their last bits wherever something is ranked by them.
 
-    Boxes may overlap by this share more, too.
+    Boxes may overlap a little more, too; with a way of -1 all that is the opposite.
     """
 
-    def __init__(self, margin: float) -> None:
+    def __init__(self, way: int) -> None:
         super().__init__()  # type: ignore[no-untyped-call]  # not annotated in torch
-        self.margin = margin
+        self.way = way
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         at = RANKED.get(func._schema.name)
         if at is not None:
-            args = (*args[:at], _shaken(args[at], LAST_BITS), *args[at + 1 :])
+            args = (*args[:at], _shaken(args[at], self.way * LAST_BITS), *args[at + 1 :])
         if func._schema.name == SUPPRESSES:
-            allowed = args[OVERLAP] * (1 + self.margin)
+            allowed = args[OVERLAP] * (1 + self.way * MARGIN)
             args = (*args[:OVERLAP], allowed, *args[OVERLAP + 1 :])
         return func(*args, **(kwargs or {}))
 

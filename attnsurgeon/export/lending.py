@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,21 +27,25 @@ from attnsurgeon.borrow import (
     borrowed_values,
 )
 from attnsurgeon.errors import ExportRefused
-from attnsurgeon.export.calm import steadiest, tells
+from attnsurgeon.export.calm import all_tell, steadiest
 from attnsurgeon.export.detections import by_field
 from attnsurgeon.export.inputs import Inputs, copied
 from attnsurgeon.export.proof import gate_values, run_with_gates
 
-SPREAD = 1.0
-"""Standard deviation of what layers give that lead to scores: enough that some pass a threshold."""
-FINE_SPREAD = 0.1
+LARGEST = 4.0
+"""Number that a layer gives which leads to scores: enough that some pass a threshold.
+
+Layers that see few positions, as the last of SSD do, would not be among the best with a common
+standard deviation, and nothing that happens before them would show.
+"""
+FINE_LARGEST = 0.4
 """The same for boxes, masks and keypoints: anchors are large, and rounding grows with them."""
 DRAWS = 8
 """Of weights, of which one is taken where rounding decides nothing."""
 ENOUGH = 3
 """Draws that can be compared at all: opening gates takes minutes, so the best of these is taken."""
-SHAKY = 0.1
-"""Of the tolerance: two engines differ by some ten times what rounding moves."""
+SHAKY = 0.4
+"""Of the tolerance: two engines may differ by twice as much as calm tells."""
 
 REMEDY = "give weights with which it finds something"
 NOTICE = (
@@ -50,8 +54,15 @@ NOTICE = (
 )
 
 
-Opened = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
-"""Tells with which gates a model is compared too, while it is lent such numbers."""
+class Opens(Protocol):
+    """Tells with which gates a model is compared too."""
+
+    @property
+    def first(self) -> Mapping[str, Tensor]:
+        """Return those that are tried first, whatever it is lent."""
+
+    def values_with(self, lent: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Return those that it is compared with while it is lent these numbers."""
 
 
 @contextmanager
@@ -59,7 +70,7 @@ def lent_to(
     model: nn.Module,
     batches: list[Inputs],
     holds: Callable[[Mapping[str, Tensor]], set[str]],
-    opened: Opened | None = None,
+    opener: Opens | None = None,
 ) -> Iterator[dict[str, Tensor]]:
     """Lend random numbers to the layers of a detector that says nothing; yield them by name.
 
@@ -69,7 +80,7 @@ def lent_to(
         model: the network; it is given back as it was.
         batches: what it will be compared on.
         holds: tells which of these tensors the file has, by their names and byte for byte.
-        opened: is asked, where it is compared with opened gates too: there it must find something.
+        opener: where it is compared with opened gates too: there it must find something as well.
 
     Raises:
         ExportRefused: it says nothing whatever it is lent, or the file's layers are out of reach.
@@ -78,7 +89,7 @@ def lent_to(
     if not batches or not isinstance(batches[0][0], list):
         yield nothing
         return
-    moved = _moved(model, batches, opened, nothing)
+    moved = _moved(model, batches, opener, nothing)
     if moved < SHAKY:
         yield nothing
         return
@@ -99,12 +110,13 @@ def lent_to(
             f"{type(model).__name__} finds nothing to compare the file by, and its last layers "
             f"cannot be set in it; {REMEDY}"
         )
+    gates = gate_values(model) if opener is None else opener.first
     with borrowed_values(list(own.values())):
         best, least, comparable = nothing, 1.0, 0
         for seed in range(DRAWS):
-            _fill(model, layers, batches[0], seed)
+            _fill(model, layers, batches[0], gates, seed)
             lent = {name: parameter.detach().clone() for name, parameter in own.items()}
-            moved = _moved(model, batches, opened, lent, least)
+            moved = _moved(model, batches, opener, lent, least)
             if moved < least:
                 best, least = lent, moved
             comparable += moved < 1
@@ -133,7 +145,7 @@ def lent_alike(copy: nn.Module | None, lent: Mapping[str, Tensor]) -> Iterator[N
 def _moved(
     model: nn.Module,
     batches: list[Inputs],
-    opened: Opened | None,
+    opener: Opens | None,
     lent: Mapping[str, Tensor],
     most: float = 1.0,
 ) -> float:
@@ -145,18 +157,18 @@ def _moved(
     Args:
         model: with these numbers lent to it.
         batches: what it is run on.
-        opened: tells with which gates it is compared too.
+        opener: tells with which gates it is compared too.
         lent: what it was lent.
         most: where it is as much as this with its gates as they are, none are opened.
     """
     own = gate_values(model)
-    if not all(tells(run_with_gates(model, own, inputs)) for inputs in batches):
+    if not all_tell(model, own, batches):
         return float("inf")
     moved = _most_moved(model, batches, own)
-    if opened is None or not moved < most:
+    if opener is None or not moved < most:
         return moved
     try:
-        gates = opened(lent)
+        gates = opener.values_with(lent)
     except ExportRefused:
         return float("inf")
     return max(moved, _most_moved(model, batches, gates))
@@ -172,7 +184,7 @@ def _most_moved(model: nn.Module, batches: list[Inputs], gates: Mapping[str, Ten
 
 
 def layers_behind(model: nn.Module, inputs: Inputs) -> dict[str, float]:
-    """Return the layers behind the backbone, its first part with weights, and how far to spread.
+    """Return the layers behind the backbone, its first part with weights, and how large to make it.
 
     Those that lead to scores are found on the way back from these, along what autograd would walk,
     up to the last weights; all may, where a network leaves before it has any.
@@ -197,7 +209,7 @@ def layers_behind(model: nn.Module, inputs: Inputs) -> dict[str, float]:
         name for name, child in model.named_children() if any(True for _ in child.parameters())
     )
     return {
-        path: SPREAD if path in scored or not scored else FINE_SPREAD
+        path: LARGEST if path in scored or not scored else FINE_LARGEST
         for path, module in model.named_modules()
         if path.partition(".")[0] != backbone
         and any(parameter.ndim > 1 for parameter in module.parameters(recurse=False))
@@ -233,8 +245,18 @@ def _parameter_of(node: Any) -> int | None:
     return id(node.variable) if hasattr(node, "variable") else None
 
 
-def _fill(model: nn.Module, layers: Mapping[str, float], inputs: Inputs, seed: int) -> None:
-    """Fill layers with random numbers, so scaled that what each gives has its spread."""
+def _fill(
+    model: nn.Module,
+    layers: Mapping[str, float],
+    inputs: Inputs,
+    gates: Mapping[str, Tensor],
+    seed: int,
+) -> None:
+    """Fill layers with random numbers, so scaled that each gives its largest, and above 0.
+
+    That is with these gates: opened ones make some signals larger than others, and gates before
+    those that fall behind would move nothing of what is found.
+    """
     filled: set[nn.Module] = set()
 
     def fill(layer: Any, given: Any, _: Any) -> Any:
@@ -245,17 +267,18 @@ def _fill(model: nn.Module, layers: Mapping[str, float], inputs: Inputs, seed: i
         with borrowed_values([part for part in own if part.ndim < 2]):  # a tiny signal beside them
             for part in own:
                 nn.init.normal_(part) if part.ndim > 1 else nn.init.zeros_(part)
-            found = layer.forward(*given).std().item() or 1.0
+            found = layer.forward(*given).flatten()
+            largest = found[found.abs().argmax()].item() or 1.0
         for part in own:
             if part.ndim > 1:
-                part.mul_(layers[names[layer]] / found)
+                part.mul_(layers[names[layer]] / largest)
         return layer.forward(*given)
 
     names = {model.get_submodule(path): path for path in layers}
     handles = [layer.register_forward_hook(fill) for layer in names]
     try:
         with borrowed_randomness(seed), torch.no_grad():
-            run_with_gates(model, gate_values(model), inputs)
+            run_with_gates(model, gates, inputs)
     finally:
         for handle in handles:
             handle.remove()

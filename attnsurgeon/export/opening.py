@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from attnsurgeon.borrow import borrowed_buffers, borrowed_numerics, borrowed_randomness
 from attnsurgeon.errors import ExportRefused
-from attnsurgeon.export.calm import shaken, steady
+from attnsurgeon.export.calm import all_tell, shaken, steady
 from attnsurgeon.export.detections import by_field
-from attnsurgeon.export.inputs import Inputs, copied
+from attnsurgeon.export.inputs import Inputs, copied, tensors_of
 from attnsurgeon.export.lending import lent_alike
 from attnsurgeon.export.precision import Precision
 from attnsurgeon.export.proof import (
@@ -54,13 +54,18 @@ class Opener:
     def __init__(
         self,
         model: nn.Module,
-        inputs: Inputs,
+        batches: list[Inputs],
         precision: Precision,
         cast: nn.Module | None = None,
     ) -> None:
         """Take what opening_for takes; the cast copy is lent what the model is."""
-        self._given = model, inputs, precision, cast
+        self._given = model, batches, precision, cast
         self._made: tuple[Mapping[str, Tensor], Opening] | None = None
+
+    @property
+    def first(self) -> Mapping[str, Tensor]:
+        """Return how far they are opened before it is known whether that shows."""
+        return _spread(named_gates(self._given[0]))
 
     def made_with(self, lent: Mapping[str, Tensor]) -> Opening:
         """Return how far they are opened while the model is lent these numbers."""
@@ -75,7 +80,7 @@ class Opener:
 
 
 def opening_for(
-    model: nn.Module, inputs: Inputs, precision: Precision, cast: nn.Module | None = None
+    model: nn.Module, batches: list[Inputs], precision: Precision, cast: nn.Module | None = None
 ) -> Opening:
     """Return how far gates are opened; of eight bits, which never tell one from another, plainly.
 
@@ -83,7 +88,8 @@ def opening_for(
     """
     if precision.name == "int8":
         return Opening(plain_openings(model), ())
-    return open_gates(model, inputs, precision, cast)
+    smallest = min(batches, key=_pixels)
+    return open_gates(model, smallest, precision, cast, batches)
 
 
 def open_gates(
@@ -91,6 +97,7 @@ def open_gates(
     inputs: Inputs,
     precision: Precision | None = None,
     cast: nn.Module | None = None,
+    batches: Iterable[Inputs] = (),
 ) -> Opening:
     """Return an opening for every gate, all different, of which each visibly moves the output.
 
@@ -104,6 +111,7 @@ def open_gates(
         inputs: what it is run on.
         precision: of the file to be checked, whose tolerance it is.
         cast: the model in that precision; what it loses is noise, and it opens no gate further.
+        batches: a detector must find something in each of these, with its gates so far open.
 
     Raises:
         ExportRefused: they never do, and a check of them would prove nothing.
@@ -131,7 +139,8 @@ def open_gates(
         found = run_with_gates(model, openings, given)
         moved = compare_outputs(reference, found, tolerance)[1]
         noise = noise_of(openings, given, found)
-        if not _are_finite(found) or not noise < max(NOISE * tolerance, 3 * own_noise):
+        is_calm = _are_finite(found) and noise < max(NOISE * tolerance, 3 * own_noise)
+        if not is_calm or not all_tell(model, openings, batches):
             if openings is sound:
                 openings = sound = {name: value / 2 for name, value in sound.items()}
             else:  # too far: half way back, as factors go
@@ -161,6 +170,10 @@ def _noise(
     Where that is much, rounding alone moves it as much, and two right engines would disagree.
     """
     return compare_outputs(output, run_with_gates(model, openings, shaken(inputs)), 1.0)[1]
+
+
+def _pixels(inputs: Inputs) -> int:
+    return sum(part.numel() for part in tensors_of(inputs))
 
 
 def _are_finite(outputs: list[Tensor]) -> bool:

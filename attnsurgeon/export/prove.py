@@ -14,7 +14,7 @@ from attnsurgeon.errors import BadOption, ExportDiffers
 from attnsurgeon.export.axes import fixed_by_file
 from attnsurgeon.export.calm import steady
 from attnsurgeon.export.format import Draft, Opened, Reader, Runner, Settings
-from attnsurgeon.export.inputs import Inputs, resized, size_of, tensors_of
+from attnsurgeon.export.inputs import Inputs, resized, size_of
 from attnsurgeon.export.lending import NOTICE as LENT
 from attnsurgeon.export.lending import lent_to
 from attnsurgeon.export.opening import Opener
@@ -87,9 +87,9 @@ def prove(
     _check_header(written, settings)
     opset, holds, run = written.opset, written.holds, written.run
     del written
-    opener = Opener(model, min(batches, key=_pixels), precision, cast)
-    opened = opener.values_with if own else None
-    with lent_to(model, batches, lambda own: holds(precision.cast_gates(own)), opened) as lent:
+    opener = Opener(model, batches, precision, cast)
+    asked = opener if own else None
+    with lent_to(model, batches, lambda own: holds(precision.cast_gates(own)), asked) as lent:
         notices: tuple[str, ...] = (LENT.format(type(model).__name__, _list(lent)),) if lent else ()
         if lent:
             run = read(part, precision.cast_gates(lent)).run
@@ -181,10 +181,6 @@ def _check_header(written: Opened, settings: Settings) -> None:
 def _list(names: Iterable[str]) -> str:
     first, *others = names
     return f"{first} and {len(others)} other tensors" if others else first
-
-
-def _pixels(inputs: Inputs) -> int:
-    return sum(part.numel() for part in tensors_of(inputs))
 
 
 @contextmanager

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import torch
 from torch import nn
 from torchvision.models import detection, list_models
 
@@ -46,8 +47,10 @@ def main() -> None:
     parser.add_argument("--names", nargs="+", default=list_models(module=detection))
     parser.add_argument("--block", default="se", help="insert this first")
     parser.add_argument("--exporter", default="auto")
+    parser.add_argument("--seed", default="0", help="of the random weights")
     wanted = parser.parse_args()
-    failed = [n for n in wanted.names if not _told(n, [n, wanted.block, wanted.exporter])]
+    asked = wanted.block, wanted.exporter, wanted.seed
+    failed = [name for name in wanted.names if not _told(name, [name, *asked])]
     print(f"{len(wanted.names) - len(failed)} of {len(wanted.names)} exported and proven")
     sys.exit(1 if failed else 0)
 
@@ -65,8 +68,9 @@ def _told(name: str, arguments: list[str]) -> bool:
     return not child.returncode
 
 
-def _export(name: str, block: str, exporter: str) -> str:
+def _export(name: str, block: str, exporter: str, seed: str) -> str:
     """Insert attention, unproven since that takes longer, export, and say what was compared."""
+    torch.manual_seed(int(seed))
     arguments = {} if name.startswith("ssd") else {**SMALL, **(FEW if "rcnn" in name else {})}
     model = load_host(name, weights="none", arguments=arguments)
     sites = find_sites(model)
