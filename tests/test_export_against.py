@@ -149,5 +149,9 @@ class TestCommandLine:
     def test_images_without_a_model(self, refused, digits_file, tmp_path):
         refused("verify", digits_file, "--images", tmp_path, says=["--against MODEL"])
 
+    @pytest.mark.parametrize("name", ["x.onnx", "x.PT", "x.pt2", "model.py"])
+    def test_a_file_without_its_model(self, refused, name):
+        refused("verify", name, says=[f"'{name}' is an exported file; give --against MODEL"])
+
     def test_no_such_format(self, refused, digits_file):
         refused("verify", "x.onx", "--against", digits_file, says=["did you mean '.onnx'"])

@@ -46,6 +46,10 @@ def verify(
 
     if images is not None:
         raise BadOption("--images is for exported files; give --against MODEL")
+    from attnsurgeon.export.format import formats
+
+    if file.suffix.lower() in formats:
+        raise BadOption(f"{str(file)!r} is an exported file; give --against MODEL, its model")
     from attnsurgeon.inspection import inspect_file
     from attnsurgeon.report.inspection import show_inspection
 
