@@ -84,8 +84,15 @@ def detector():
 
 def filled(model, given):
     """Return a detector that says a lot about such images."""
-    lending._fill(model, lending.layers_behind(model, given), given, gate_values(model), 0)
+    fill(model, given, gate_values(model))
     return model
+
+
+def fill(model, given, gates):
+    """Fill all weights behind the backbone, with these gates."""
+    layers = lending.layers_behind(model, given)
+    own = {name: value for name, value in model.named_parameters() if value.ndim > 1}
+    lending._fill(model, layers, own, given, gates, 0)
 
 
 def fading(scale):
@@ -189,6 +196,46 @@ class TestLending:
         lending.layers_behind(model, (IMAGES,))
         assert all(map(torch.equal, IMAGES, kept))
 
+    def test_what_the_file_does_not_hold_is_left_alone(self):
+        model = detector()
+        before = copy.deepcopy(model.state_dict())
+        layers = lending.layers_behind(model, (IMAGES,))
+        own = {"scores.weight": model.scores.weight}
+        lending._fill(model, layers, own, (IMAGES,), gate_values(model), 0)
+        after = model.state_dict()
+        changed = [name for name in after if not torch.equal(after[name], before[name])]
+        assert changed == ["scores.weight"]
+
+    def test_a_head_of_another_form(self):
+        """Given its features by name, it returns two maps; of an image without any, none."""
+
+        class Head(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.scores = nn.Parameter(torch.zeros(8, 1))
+                self.boxes = nn.Parameter(torch.zeros(8, 4))
+
+            def forward(self, features):
+                return features @ self.scores, features @ self.boxes
+
+        class Several(Ranked):
+            def __init__(self):
+                super().__init__()
+                self.head = Head()
+
+            def find(self, features):
+                rows = features[0].flatten(1).t()
+                self.head(features=rows[:0])
+                scores, boxes = self.head(features=rows)
+                return {"boxes": boxes, "scores": scores[:, 0], "labels": scores.argmax(1)}
+
+        torch.manual_seed(0)
+        model = filled(Several().eval(), (IMAGES,))
+        boxes, scores, _, *_ = run_with_gates(model, {}, (IMAGES,))
+        assert max(part.abs().max().item() for part in (boxes, scores)) == pytest.approx(
+            lending.LARGEST
+        )
+
     def test_the_layers_behind_the_backbone(self):
         found = lending.layers_behind(detector(), (IMAGES,))
         assert found == {"scores": lending.LARGEST, "boxes": lending.FINE_LARGEST}
@@ -260,7 +307,7 @@ class TestLending:
         """Else a part that opened gates leave behind would be among the best of nothing."""
         model, batches = fading(1)
         gates = {name: torch.full_like(gate, 3) for name, gate in gate_values(model).items()}
-        lending._fill(model, lending.layers_behind(model, batches[0]), batches[0], gates, 0)
+        fill(model, batches[0], gates)
         given = []
         model.scores.register_forward_hook(lambda *call: given.append(call[-1].abs().max().item()))
         run_with_gates(model, gates, batches[0])
@@ -381,6 +428,13 @@ class TestLending:
         one, other = (calm.shaken((torch.ones(8),), way)[0] - 1 for way in (100, -100))
         assert one.any()
         assert torch.allclose(one, -other, atol=1e-7)
+
+    def test_images_in_half_precision_are_shaken_by_no_more_than_is_allowed(self):
+        """A hundred roundings of bfloat16 are 78 % of a number: whatever is found would move."""
+        model = filled(Ranked().eval(), (IMAGES,))
+        assert calm.steadiest(model, {}, (IMAGES,))[1] < lending.SHAKY
+        images = [image.bfloat16() for image in IMAGES]
+        assert 0 < calm.steadiest(model.bfloat16(), {}, (images,))[1] < 1
 
     def test_images_are_redrawn_until_rounding_decides_nothing(self, monkeypatch):
         model, moved = detector(), iter([1.0, 1.0, 3e-5, 3e-5, 0.5, 1e-7, 1e-7, 0.0])

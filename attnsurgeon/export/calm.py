@@ -13,6 +13,7 @@ away, where float32 has steps of 1/2000 of a pixel.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -36,6 +37,8 @@ ROUNDINGS = 10
 """By which inputs are shaken."""
 AS_ENGINES = 100
 """The same, where it shall move what a detector finds about as far as another engine does."""
+HALF = 0.5
+"""Of the tolerance: images are moved no further. A hundred roundings of half precision are ten."""
 LAST_BITS = 2
 """By which scores are shaken where they are ranked: by what another softmax may differ."""
 MARGIN = 5e-4
@@ -85,7 +88,9 @@ def steadiest(
         moved = 0.0
         for way in (1, -1):
             with borrowed_randomness(seed), _ShakenRanks(way):
-                again = run_with_gates(model, gates, shaken(drawn, way * AS_ENGINES))
+                again = run_with_gates(
+                    model, gates, shaken(drawn, way * AS_ENGINES, HALF * tolerance)
+                )
             moved = max(moved, compare_outputs(outputs, again, tolerance)[1] / tolerance)
             if not moved < least:
                 break
@@ -96,17 +101,20 @@ def steadiest(
     return best, least
 
 
-def shaken(inputs: Inputs, roundings: int = ROUNDINGS) -> Inputs:
-    """Return inputs whose numbers are some roundings away; below 0, the opposite way."""
+def shaken(inputs: Inputs, roundings: int = ROUNDINGS, most: float = math.inf) -> Inputs:
+    """Return inputs whose numbers are some roundings away; below 0, the opposite way.
+
+    They are no further away than a share of themselves.
+    """
     with borrowed_randomness(2):
-        moved: Inputs = tree_map_only(Tensor, lambda part: _shaken(part, roundings), inputs)
+        moved: Inputs = tree_map_only(Tensor, lambda part: _shaken(part, roundings, most), inputs)
     return moved
 
 
-def _shaken(tensor: Tensor, roundings: int) -> Tensor:
+def _shaken(tensor: Tensor, roundings: int, most: float = math.inf) -> Tensor:
     if not tensor.is_floating_point():
         return tensor
-    step = roundings * torch.finfo(tensor.dtype).eps
+    step = math.copysign(min(abs(roundings) * torch.finfo(tensor.dtype).eps, most), roundings)
     return tensor * (1 + step * torch.randn(tensor.shape).to(tensor))
 
 

@@ -29,6 +29,7 @@ from attnsurgeon.borrow import (
 from attnsurgeon.errors import ExportRefused
 from attnsurgeon.export.calm import all_tell, steadiest
 from attnsurgeon.export.detections import by_field
+from attnsurgeon.export.format import leaves
 from attnsurgeon.export.inputs import Inputs, copied
 from attnsurgeon.export.proof import gate_values, run_with_gates
 
@@ -114,7 +115,7 @@ def lent_to(
     with borrowed_values(list(own.values())):
         best, least, comparable = nothing, 1.0, 0
         for seed in range(DRAWS):
-            _fill(model, layers, batches[0], gates, seed)
+            _fill(model, layers, own, batches[0], gates, seed)
             lent = {name: parameter.detach().clone() for name, parameter in own.items()}
             moved = _moved(model, batches, opener, lent, least)
             if moved < least:
@@ -184,10 +185,11 @@ def _most_moved(model: nn.Module, batches: list[Inputs], gates: Mapping[str, Ten
 
 
 def layers_behind(model: nn.Module, inputs: Inputs) -> dict[str, float]:
-    """Return the layers behind the backbone, its first part with weights, and how large to make it.
+    """Return the layers behind the backbone, and the largest number that each shall give.
 
-    Those that lead to scores are found on the way back from these, along what autograd would walk,
-    up to the last weights; all may, where a network leaves before it has any.
+    The backbone is the network's first part with weights. Layers that lead to scores are found on
+    the way back from these, along what autograd would walk, up to the last weights; all may, where
+    a network leaves before it has any.
     """
     parameters = list(model.parameters())
     flags = [parameter.requires_grad for parameter in parameters]
@@ -248,37 +250,48 @@ def _parameter_of(node: Any) -> int | None:
 def _fill(
     model: nn.Module,
     layers: Mapping[str, float],
+    own: Mapping[str, Tensor],
     inputs: Inputs,
     gates: Mapping[str, Tensor],
     seed: int,
 ) -> None:
-    """Fill layers with random numbers, so scaled that each gives its largest, and above 0.
+    """Fill these tensors of layers with random numbers, so scaled that each gives its largest.
 
-    That is with these gates: opened ones make some signals larger than others, and gates before
-    those that fall behind would move nothing of what is found.
+    The number farthest from 0 that a layer gives, without its bias, becomes positive and as large
+    as is said of it. That is with these gates: opened ones make some signals larger than others,
+    and gates before those that fall behind would move nothing of what is found.
     """
+    fillable = {id(part) for part in own.values()}
     filled: set[nn.Module] = set()
 
-    def fill(layer: Any, given: Any, _: Any) -> Any:
+    def fill(layer: Any, given: Any, named: Any, _: Any) -> Any:
         if layer in filled:  # a head that runs once for each size of features
             return None
-        filled.add(layer)
-        own = list(layer.parameters(recurse=False))
-        with borrowed_values([part for part in own if part.ndim < 2]):  # a tiny signal beside them
-            for part in own:
-                nn.init.normal_(part) if part.ndim > 1 else nn.init.zeros_(part)
-            found = layer.forward(*given).flatten()
-            largest = found[found.abs().argmax()].item() or 1.0
-        for part in own:
-            if part.ndim > 1:
-                part.mul_(layers[names[layer]] / largest)
-        return layer.forward(*given)
+        weights = [part for part in layer.parameters(recurse=False) if id(part) in fillable]
+        biases = [part for part in layer.parameters(recurse=False) if part.ndim < 2]
+        with borrowed_values(biases):  # a tiny signal beside them
+            for part in biases:
+                nn.init.zeros_(part)
+            for part in weights:
+                nn.init.normal_(part)
+            largest = _farthest_from_zero(leaves(layer.forward(*given, **named)))
+        for part in weights:
+            part.mul_(layers[names[layer]] / (largest or 1.0))
+        if largest:
+            filled.add(layer)
+        return layer.forward(*given, **named)
 
     names = {model.get_submodule(path): path for path in layers}
-    handles = [layer.register_forward_hook(fill) for layer in names]
+    handles = [layer.register_forward_hook(fill, with_kwargs=True) for layer in names]
     try:
         with borrowed_randomness(seed), torch.no_grad():
             run_with_gates(model, gates, inputs)
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _farthest_from_zero(given: list[Tensor]) -> float:
+    """Return that number of all; 0 where there is none, as of a head that is given no boxes."""
+    numbers = [part.float().flatten() for part in given if part.numel()]
+    return max((part[part.abs().argmax()].item() for part in numbers), key=abs, default=0.0)
