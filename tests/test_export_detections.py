@@ -429,6 +429,17 @@ class TestLending:
         assert one.any()
         assert torch.allclose(one, -other, atol=1e-7)
 
+    def test_findings_are_held_to_images_shaken_either_way(self, monkeypatch):
+        ways = []
+
+        def watched(inputs, roundings, most):
+            ways.append(roundings)
+            return inputs
+
+        monkeypatch.setattr(calm, "shaken", watched)
+        calm.steady(Ranked().eval(), {}, (IMAGES,))
+        assert ways == [calm.AS_ENGINES, -calm.AS_ENGINES]
+
     def test_images_in_half_precision_are_shaken_by_no_more_than_is_allowed(self):
         """A hundred roundings of bfloat16 are 78 % of a number: whatever is found would move."""
         model = filled(Ranked().eval(), (IMAGES,))

@@ -34,7 +34,7 @@ from attnsurgeon.export.inputs import Inputs, copied
 from attnsurgeon.export.proof import gate_values, run_with_gates
 
 LARGEST = 4.0
-"""Number that a layer gives which leads to scores: enough that some pass a threshold.
+"""Largest number that a layer gives which leads to scores: enough that some pass a threshold.
 
 Layers that see few positions, as the last of SSD do, would not be among the best with a common
 standard deviation, and nothing that happens before them would show.

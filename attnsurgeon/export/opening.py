@@ -111,7 +111,7 @@ def open_gates(
         inputs: what it is run on.
         precision: of the file to be checked, whose tolerance it is.
         cast: the model in that precision; what it loses is noise, and it opens no gate further.
-        batches: a detector must find something in each of these, with its gates so far open.
+        batches: in each of these a detector must find something with the openings returned.
 
     Raises:
         ExportRefused: they never do, and a check of them would prove nothing.
