@@ -19,6 +19,7 @@ from attnsurgeon.export.detections import Detections, outputs_of
 from attnsurgeon.export.inputs import example_inputs, resized, size_of, trials
 from attnsurgeon.export.onnx_file import read_file
 from attnsurgeon.export.opening import open_gates
+from attnsurgeon.export.precision import PRECISIONS
 from attnsurgeon.export.proof import compare_outputs, gate_values, run_with_gates
 from tests import exports
 from tests.exports import Planted, shift_a_weight
@@ -273,6 +274,13 @@ class TestLending:
         made = attnsurgeon.export_model(model, tmp_path / "x.pt", example=IMAGES)
         assert not any("random" in notice for notice in made.notices)
 
+    @pytest.mark.parametrize(("share", "is_lent"), [(0.3, False), (0.5, True)])
+    def test_what_rounding_moves_by_much_of_what_is_allowed(self, share, is_lent, monkeypatch):
+        model, moved = filled(Ranked().eval(), (IMAGES,)), iter([share, 0.0])
+        monkeypatch.setattr(lending, "steadiest", lambda model, gates, given: (given, next(moved)))
+        with lending.lent_to(model, [(IMAGES,)], set) as lent:
+            assert bool(lent) is is_lent
+
     def test_scores_that_are_equal(self, tmp_path):
         """Of what overlaps each engine keeps another; moving the images does not show it."""
         model = filled(detector(), (IMAGES,))  # grey: in noise, scores are exactly 1
@@ -314,6 +322,25 @@ class TestLending:
         run_with_gates(model, gate_values(model), batches[0])
         assert given[0] == pytest.approx(lending.LARGEST, rel=0.01)  # the layer keeps its bias
         assert given[len(given) // 2] > 2 * lending.LARGEST  # closed: these fade as gates open
+
+    def test_numbers_are_lent_for_opened_gates(self, monkeypatch):
+        model, batches = fading(0.525)
+        opener, given = opening.Opener(model, batches, PRECISIONS["fp32"]), []
+        filling = lending._fill
+
+        def watched(model, layers, own, inputs, gates, seed):
+            given.append(gates)
+            filling(model, layers, own, inputs, gates, seed)
+
+        monkeypatch.setattr(lending, "_fill", watched)
+        with lending.lent_to(model, batches, set, opener) as lent:
+            assert lent
+        assert all(gate.any() for gate in given[0].values())
+
+    def test_the_number_farthest_from_zero_keeps_its_sign(self):
+        parts = [torch.tensor([1.0, -3.0]), torch.zeros(0), torch.tensor([[2]])]
+        assert lending._farthest_from_zero(parts) == -3
+        assert lending._farthest_from_zero(parts[1:2]) == 0
 
     def test_a_wrong_weight_in_the_place_of_which_another_was_lent(self, tmp_path, monkeypatch):
         model = detector()
@@ -404,6 +431,7 @@ class TestLending:
         monkeypatch.setattr(calm, "run_with_gates", None)
         model, batches = nn.Linear(2, 2), [(torch.zeros(1, 2),)]
         assert calm.steady(model, {}, batches[0]) is batches[0]
+        assert calm.all_tell(model, {}, batches)
         with lending.lent_to(model, batches, set) as lent:
             assert lent == {}
 
