@@ -13,7 +13,7 @@ from torchvision.ops import batched_nms, nms
 import attnsurgeon
 from attnsurgeon.borrow import borrowed_randomness
 from attnsurgeon.errors import ExportDiffers, ExportRefused
-from attnsurgeon.export import calm, lending, onnx_traced, opening, verify_export
+from attnsurgeon.export import calm, heads, lending, onnx_traced, opening, verify_export
 from attnsurgeon.export import onnx as onnx_format
 from attnsurgeon.export.detections import Detections, outputs_of
 from attnsurgeon.export.inputs import example_inputs, resized, size_of, trials
@@ -91,9 +91,9 @@ def filled(model, given):
 
 def fill(model, given, gates):
     """Fill all weights behind the backbone, with these gates."""
-    layers = lending.layers_behind(model, given)
+    layers = heads.layers_behind(model, given)
     own = {name: value for name, value in model.named_parameters() if value.ndim > 1}
-    lending._fill(model, layers, own, given, gates, 0)
+    heads.fill_heads(model, layers, own, given, gates, 0)
 
 
 def fading(scale):
@@ -194,15 +194,15 @@ class TestLending:
         model = detector()
         model.register_forward_pre_hook(lambda _, given: [image.mul_(2) for image in given[0]])
         kept = [image.clone() for image in IMAGES]
-        lending.layers_behind(model, (IMAGES,))
+        heads.layers_behind(model, (IMAGES,))
         assert all(map(torch.equal, IMAGES, kept))
 
     def test_what_the_file_does_not_hold_is_left_alone(self):
         model = detector()
         before = copy.deepcopy(model.state_dict())
-        layers = lending.layers_behind(model, (IMAGES,))
+        layers = heads.layers_behind(model, (IMAGES,))
         own = {"scores.weight": model.scores.weight}
-        lending._fill(model, layers, own, (IMAGES,), gate_values(model), 0)
+        heads.fill_heads(model, layers, own, (IMAGES,), gate_values(model), 0)
         after = model.state_dict()
         changed = [name for name in after if not torch.equal(after[name], before[name])]
         assert changed == ["scores.weight"]
@@ -234,12 +234,12 @@ class TestLending:
         model = filled(Several().eval(), (IMAGES,))
         boxes, scores, _, *_ = run_with_gates(model, {}, (IMAGES,))
         assert max(part.abs().max().item() for part in (boxes, scores)) == pytest.approx(
-            lending.LARGEST
+            heads.LARGEST
         )
 
     def test_the_layers_behind_the_backbone(self):
-        found = lending.layers_behind(detector(), (IMAGES,))
-        assert found == {"scores": lending.LARGEST, "boxes": lending.FINE_LARGEST}
+        found = heads.layers_behind(detector(), (IMAGES,))
+        assert found == {"scores": heads.LARGEST, "boxes": heads.FINE_LARGEST}
 
     def test_weights_that_say_nothing(self, tmp_path):
         """Everything scores alike, so that it is chance what is kept; nothing is left changed."""
@@ -320,27 +320,27 @@ class TestLending:
         model.scores.register_forward_hook(lambda *call: given.append(call[-1].abs().max().item()))
         run_with_gates(model, gates, batches[0])
         run_with_gates(model, gate_values(model), batches[0])
-        assert given[0] == pytest.approx(lending.LARGEST, rel=0.01)  # the layer keeps its bias
-        assert given[len(given) // 2] > 2 * lending.LARGEST  # closed: these fade as gates open
+        assert given[0] == pytest.approx(heads.LARGEST, rel=0.01)  # the layer keeps its bias
+        assert given[len(given) // 2] > 2 * heads.LARGEST  # closed: these fade as gates open
 
     def test_numbers_are_lent_for_opened_gates(self, monkeypatch):
         model, batches = fading(0.525)
         opener, given = opening.Opener(model, batches, PRECISIONS["fp32"]), []
-        filling = lending._fill
+        fill = heads.fill_heads
 
         def watched(model, layers, own, inputs, gates, seed):
             given.append(gates)
-            filling(model, layers, own, inputs, gates, seed)
+            fill(model, layers, own, inputs, gates, seed)
 
-        monkeypatch.setattr(lending, "_fill", watched)
+        monkeypatch.setattr(lending, "fill_heads", watched)
         with lending.lent_to(model, batches, set, opener) as lent:
             assert lent
         assert all(gate.any() for gate in given[0].values())
 
     def test_the_number_farthest_from_zero_keeps_its_sign(self):
         parts = [torch.tensor([1.0, -3.0]), torch.zeros(0), torch.tensor([[2]])]
-        assert lending._farthest_from_zero(parts) == -3
-        assert lending._farthest_from_zero(parts[1:2]) == 0
+        assert heads._farthest_from_zero(parts) == -3
+        assert heads._farthest_from_zero(parts[1:2]) == 0
 
     def test_a_wrong_weight_in_the_place_of_which_another_was_lent(self, tmp_path, monkeypatch):
         model = detector()
@@ -427,7 +427,7 @@ class TestLending:
         assert not model.scores.weight.any()
 
     def test_a_classifier_runs_no_more_often(self, monkeypatch):
-        monkeypatch.setattr(lending, "run_with_gates", None)
+        monkeypatch.setattr(heads, "run_with_gates", None)
         monkeypatch.setattr(calm, "run_with_gates", None)
         model, batches = nn.Linear(2, 2), [(torch.zeros(1, 2),)]
         assert calm.steady(model, {}, batches[0]) is batches[0]
