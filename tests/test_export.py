@@ -7,6 +7,7 @@ import onnx
 import pytest
 import torch
 from torch import nn
+from torchvision.models import VisionTransformer
 
 import attnsurgeon
 from attnsurgeon.errors import (
@@ -348,14 +349,15 @@ class TestProgram:
 
 def test_fused_attention_is_traced_operator_by_operator(tmp_path, capfd):
     """torch runs its own attention as one operator in eval mode, which ONNX does not have."""
-    from attnsurgeon.host import load_host
-
     torch.manual_seed(0)
-    host = load_host("vit_b_16", weights="none", arguments={"image_size": 32, "num_classes": 10})
+    host = VisionTransformer(32, 16, 2, 4, 64, 128, num_classes=10).eval()
     torch.nn.init.normal_(host.heads.head.weight)
     was_fused = torch.backends.mha.get_fastpath_enabled()
-    operated = attnsurgeon.insert_attention(host, "se", at="encoder.layers.encoder_layer_5")
-    artifact = attnsurgeon.export_model(operated, tmp_path / "x.onnx", exporter="torchscript")
+    example, path = torch.zeros(1, 3, 32, 32), tmp_path / "x.onnx"
+    operated = attnsurgeon.insert_attention(
+        host, "se", example=example, at="encoder.layers.encoder_layer_0"
+    )
+    artifact = attnsurgeon.export_model(operated, path, exporter="torchscript", example=example)
     assert all(check.passed for check in artifact.checks)
     assert torch.backends.mha.get_fastpath_enabled() == was_fused
     assert capfd.readouterr().out == ""
